@@ -1,0 +1,21 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test clean
+setup: .venv/ready
+
+# Remade only when the dependencies change.
+.venv/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "torch>=2.11,<2.14"
+	$(BIN)/pip install -q -e ".[test,bench,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/pascaline run recipes/laptop.toml --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,163 @@
+"""The command line. Each verb is a few lines that call a room; heavy imports wait until a verb needs them."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from pascaline.errors import BadInput
+
+app = typer.Typer(
+    help="From raw text to a language model that reasons out loud: train, evaluate, chat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="a recipe file, e.g. recipes/laptop.toml")],
+    out: Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME-OF-RECIPE)")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="override a key: --set rl.steps=50 (repeatable)")] = None,
+    stage: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over; what is there is kept in OUT.old-N")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe's chain of stages. Stopped anywhere, the same command goes on where it was."""
+    from pascaline.post.chain import finished
+    from pascaline.post.chain import run as run_chain
+    from pascaline.recipe import read_setting
+
+    out = out or Path("runs") / recipe.stem
+    done = finished(out) and not fresh
+    report = run_chain(recipe, out, dict(read_setting(s) for s in set or []), stage, fresh, quiet=as_json)
+    if as_json:
+        print(json.dumps(report))
+    elif not report:
+        print(f"{out}: stage {stage} is done. Run the same command without --stage to go on.")
+    else:
+        _show(report, out, done)
+
+
+def _show(report: dict[str, Any], out: Path, done: bool) -> None:
+    from pascaline.eval.report import table_text
+
+    if done:
+        print(f"{out} is done already (--fresh starts over). What it measured:\n")
+    print(table_text(report))
+    for i, example in enumerate(report.get("examples", [])):
+        print(f"\nHeld-out problem {i + 1}: {example['prompt']}")
+        for when, name in (("before", "before RL"), ("after", "after RL")):
+            said = example[when]
+            print(f"  {name} [{said['verdict']}]")
+            print("".join(f"    | {line}\n" for line in said["thought"].splitlines()) + f"    = {said['answer'] or '(no answer)'}")
+    print(f"\nGo on with:\n  pascaline chat {out}/model\n  pascaline report {out}\n  pascaline run {_recipe_name(out)} --out {out}-2 --set seed=2")
+
+
+def _recipe_name(out: Path) -> str:
+    return str(out / "recipe.toml")
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="a model folder, e.g. runs/demo/model")],
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.6,
+    top_p: Annotated[float, typer.Option()] = 0.95,
+    max_tokens: Annotated[int, typer.Option(help="of thought and answer together")] = 512,
+    seed: Annotated[int, typer.Option()] = 0,
+    history: Annotated[bool, typer.Option("--history", help="let the model see the earlier turns")] = False,
+    device: Annotated[str, typer.Option()] = "auto",
+) -> None:
+    """Talk to a model: its thought is dimmed and streamed, then comes the answer. End with Ctrl-D."""
+    from pascaline.chat import talk
+
+    talk(model, temperature, top_p, max_tokens, seed, history, device)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="a run's folder")], as_json: Json = False) -> None:
+    """Show what a run measured, and where its report.html is."""
+    from pascaline.runs import read_json
+
+    found = read_json(folder / "report.json")
+    if found is None:
+        raise BadInput(f"{folder} has no report.json yet; it appears when the run's last stage is done.")
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _show(found, folder, done=False)
+        print(f"\nWith plots: {folder / 'report.html'}")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has and what training will use on it."""
+    from pascaline import device, runs
+
+    chosen = device.choose()
+    facts = {
+        "machine": runs.machine(device.device_name(chosen)),
+        "versions": runs.versions(),
+        "device": str(chosen),
+        "dtype": str(device.best_dtype(chosen)).removeprefix("torch."),
+        "gemm_gflops": device.measure(chosen),
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        inner = ", ".join(f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{name:12} {inner}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="train or decode")]) -> None:
+    """Measure against a peer in one run (scripts in bench/ of the repository). Options follow the name: --json, ..."""
+    from pascaline.errors import nearest
+
+    folder = Path(__file__).parent.parent / "bench"
+    known = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+    if not known:
+        raise BadInput("the benchmarks live in bench/ of the repository; run this from a clone installed with pip install -e.")
+    if name not in known:
+        raise BadInput(f"there is no benchmark '{name}'{nearest(name, known)}; there are {', '.join(known)}.")
+    sys.path.insert(0, str(folder))  # for bench/_common.py
+    sys.argv = [f"pascaline bench {name}", *context.args]
+    runpy.run_path(str(folder / f"{name}.py"), run_name="__main__")
+
+
+def main() -> NoReturn:
+    """Entry point: a user's mistake is one sentence on stderr and exit code 2, Ctrl-C is 130; no traceback in either case."""
+    try:
+        app(standalone_mode=True)
+    except BadInput as e:
+        _stop(2, str(e))
+    except KeyboardInterrupt:
+        _stop(130, "stopped; the same command goes on from what was saved")
+    except BrokenPipeError:
+        os._exit(0)
+    except OSError as e:
+        from pascaline.runs import disk_full
+
+        if disk_full(e):
+            _stop(2, f"no space left on the device while writing {e.filename or 'a file'}; free some and run the same command again.")
+        if e.filename is None:
+            raise
+        _stop(2, f"{e.filename}: {(e.strerror or str(e)).lower()}.")
+    except Exception as e:
+        if type(e).__name__ != "Stopped":
+            raise
+        _stop(130, f"{e}; run the same command to go on")
+    sys.exit(0)
+
+
+def _stop(code: int, message: str) -> NoReturn:
+    print(f"pascaline: {message}", file=sys.stderr)
+    sys.exit(code)

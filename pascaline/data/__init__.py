@@ -1,0 +1,1 @@
+"""Data: sources of text, puzzles, filters, token shards and the loader."""

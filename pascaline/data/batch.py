@@ -1,0 +1,94 @@
+"""From samples to batches: documents packed into rows without cutting or mixing them.
+
+A batch carries tokens, positions, document ids and per-token weight streams; whoever fills the streams decides what is learnt
+(`ce` cross-entropy, `rl` policy gradient, `kl` distance to a reference). A stream's value at t belongs to the token at t, which
+is predicted from what stands before it; so the first token of a document never carries weight.
+
+Shapes: B rows, T tokens a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+Streams = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document: tokens [t] and streams, each [t] float32."""
+
+    tokens: np.ndarray
+    streams: Streams
+
+
+@dataclass
+class Batch:
+    tokens: "Tensor"  # [B, T] int64
+    positions: "Tensor"  # [B, T] int64, from 0 in each document
+    document_ids: "Tensor"  # [B, T] int64, -1 for padding
+    streams: dict[str, "Tensor"] = field(default_factory=dict)  # each [B, T] float32
+
+    def to(self, device: "device") -> "Batch":
+        moved = {name: stream.to(device) for name, stream in self.streams.items()}
+        return Batch(self.tokens.to(device), self.positions.to(device), self.document_ids.to(device), moved)
+
+
+def pack(lengths: Sequence[int] | np.ndarray, row: int) -> list[list[int]]:
+    """Rows of document indices, each row at most `row` tokens: best fit, longest first. Every length must be <= row.
+
+    Open rows are kept by the space they have left; the set of those spaces is one big integer, whose lowest set bit at or
+    above a length is the best fit.
+    """
+    by_space: dict[int, list[int]] = {}
+    spaces = 0
+    rows: list[list[int]] = []
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[i])
+        fitting = spaces >> length
+        if fitting:
+            space = length + ((fitting & -fitting).bit_length() - 1)
+            r = by_space[space].pop()
+            if not by_space[space]:
+                spaces &= ~(1 << space)
+        else:
+            space, r = row, len(rows)
+            rows.append([])
+        rows[r].append(i)
+        by_space.setdefault(space - length, []).append(r)
+        spaces |= 1 << (space - length)
+    return rows
+
+
+def collate(rows: Sequence[Sequence[Sample]], row: int, pad: int) -> Batch:
+    """Lay samples side by side, one list of samples a row, padded to `row` tokens."""
+    import torch
+
+    shape = (len(rows), row)
+    tokens = np.full(shape, pad, np.int64)
+    positions = np.zeros(shape, np.int64)
+    documents = np.full(shape, -1, np.int64)
+    names = sorted({name for samples in rows for s in samples for name in s.streams})
+    streams = {name: np.zeros(shape, np.float32) for name in names}
+    for b, samples in enumerate(rows):
+        at = 0
+        for d, sample in enumerate(samples):
+            span = slice(at, at := at + len(sample.tokens))
+            tokens[b, span] = sample.tokens
+            positions[b, span] = np.arange(len(sample.tokens))
+            documents[b, span] = d
+            for name, stream in sample.streams.items():
+                streams[name][b, span] = stream
+    numpy_streams = {name: torch.from_numpy(s) for name, s in streams.items()}
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(documents), numpy_streams)
+
+
+def batches(samples: Sequence[Sample], row: int, rows_per_batch: int, pad: int) -> list[Batch]:
+    """Pack samples and cut the rows into micro-batches of at most `rows_per_batch` rows."""
+    rows = [[samples[i] for i in r] for r in pack([len(s.tokens) for s in samples], row)]
+    return [collate(rows[i : i + rows_per_batch], row, pad) for i in range(0, len(rows), rows_per_batch)]

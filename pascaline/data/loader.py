@@ -1,0 +1,90 @@
+"""Batches by number: step i of a seed is always the same rows, so a resumed run needs no loader state but the step."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from pascaline.data.batch import Batch, Sample, collate, pack
+from pascaline.data.shards import Corpus
+from pascaline.errors import BadInput
+
+WINDOW = 1 << 16  # documents packed together; bounds the memory and the time to the first batch
+
+
+class Samples(Protocol):
+    """Documents with known lengths that can be fetched one by one."""
+
+    lengths: np.ndarray
+
+    def get(self, i: int) -> Sample: ...
+
+
+class CorpusSamples:
+    """Every document of a corpus; one longer than a row is cut into pieces. All tokens but a piece's first carry `ce`."""
+
+    def __init__(self, corpus: Corpus, row: int):
+        ends = np.append(corpus.starts[1:], np.uint64(corpus.tokens)).astype(np.int64)
+        starts = corpus.starts.astype(np.int64)
+        pieces = np.maximum(-(-(ends - starts) // row), 1)
+        owner = np.repeat(np.arange(len(starts)), pieces)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self.begin = starts[owner] + within * row
+        self.lengths = np.minimum(ends[owner] - self.begin, row)
+        self.corpus = corpus
+
+    def get(self, i: int) -> Sample:
+        tokens = self.corpus.read(int(self.begin[i]), int(self.begin[i] + self.lengths[i]))
+        weights = np.ones(len(tokens), np.float32)
+        weights[0] = 0.0
+        return Sample(tokens, {"ce": weights})
+
+
+class ListSamples:
+    """Samples held in memory."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        self.samples = samples
+        self.lengths = np.array([len(s.tokens) for s in samples], np.int64)
+
+    def get(self, i: int) -> Sample:
+        return self.samples[i]
+
+
+class Loader:
+    """Packed rows in an order fixed by the seed, epoch after epoch.
+
+    row: tokens a row; rows: rows an optimizer step; micro: rows a micro-batch. Row g of the run (g = step * rows + r) is the same
+    whatever the number of ranks or the size of a micro-batch.
+    """
+
+    def __init__(self, samples: Samples, row: int, rows: int, micro: int, pad: int, seed: int):
+        if not len(samples.lengths):
+            raise BadInput("there is nothing to train on: the corpus holds no document.")
+        if int(samples.lengths.max()) > row:
+            raise BadInput(f"a sample of {int(samples.lengths.max())} tokens does not fit sequence_length {row}.")
+        self.facts: dict[str, float] = {}
+        self.samples, self.row, self.rows, self.micro, self.pad, self.seed = samples, row, rows, micro, pad, seed
+        self.epoch_rows = lru_cache(maxsize=2)(self._epoch_rows)
+
+    def _epoch_rows(self, epoch: int) -> list[np.ndarray]:
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(len(self.samples.lengths))
+        rows: list[np.ndarray] = []
+        for start in range(0, len(order), WINDOW):
+            window = order[start : start + WINDOW]
+            rows += [window[r] for r in pack(self.samples.lengths[window], self.row)]
+        return [rows[i] for i in random.permutation(len(rows))]
+
+    def _row(self, index: int) -> list[Sample]:
+        epoch = 0
+        while index >= len(self.epoch_rows(epoch)):
+            index -= len(self.epoch_rows(epoch))
+            epoch += 1
+        return [self.samples.get(int(i)) for i in self.epoch_rows(epoch)[index]]
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of optimizer step `step` (from 0)."""
+        rows = [self._row(step * self.rows + r) for r in range(self.rows)]
+        return [collate(rows[i : i + self.micro], self.row, self.pad) for i in range(0, self.rows, self.micro)]

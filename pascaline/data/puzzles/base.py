@@ -1,0 +1,88 @@
+"""What every puzzle speaks: a problem, a written-out trace, a verdict, and the dials of difficulty."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol
+
+from pascaline.errors import BadInput, nearest
+
+WHITESPACE = " \t\r\n"  # what may stand around an answer; str.strip() alone would also drop unicode spaces
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. `key` names it up to wording: equal keys are the same problem. `data` is JSON-able."""
+
+    puzzle: str
+    prompt: str
+    key: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A written-out try at a problem: the thought, and the answer that stands behind it."""
+
+    thought: str
+    answer: str
+
+
+class Verdict(StrEnum):
+    """RIGHT and WRONG are the verifier's; ABSTAIN means that the answer itself says it found none."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    ABSTAIN = "abstain"
+
+
+class Dial(NamedTuple):
+    """A whole-number difficulty dial: its default and the range it may be turned in, both ends included."""
+
+    default: int
+    low: int
+    high: int
+
+
+class Puzzle(Protocol):
+    """What a puzzle module (or a plugin's object) provides."""
+
+    LEVELS: Mapping[str, Dial]
+
+    def generate(self, rng: random.Random, **dials: Any) -> Problem: ...
+
+    def trace(self, problem: Problem, rng: random.Random, **quality: Any) -> Trace: ...
+
+    def solve(self, problem: Problem) -> str | None: ...
+
+    def verify(self, problem: Problem, answer: str) -> Verdict: ...
+
+
+def turn(puzzle: str, levels: Mapping[str, Dial], dials: Mapping[str, Any], rng: random.Random) -> dict[str, int]:
+    """One value per dial: its default, the number given, or a draw from the [low, high] given.
+
+    Raises BadInput for an unknown dial or a value out of its range.
+    """
+    for name in dials:
+        if name not in levels:
+            close, all_ = nearest(name, levels), ", ".join(levels)
+            raise BadInput(f"puzzle '{puzzle}' has no dial '{name}'{close} (it has {all_})")
+    values = {}
+    for name, dial in levels.items():
+        value = dials.get(name, dial.default)
+        low, high = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value, value)
+        if not (type(low) is type(high) is int and dial.low <= low <= high <= dial.high):
+            raise BadInput(f"puzzle '{puzzle}': {name}={value!r} must be a whole number from {dial.low} to "
+                           f"{dial.high}, or a pair [from, to] of such")
+        values[name] = low + int(rng.random() * (high - low + 1)) if high > low else low
+    return values
+
+
+def share(puzzle: str, **shares: float) -> None:
+    """Raises BadInput unless each named share is a number from 0 to 1."""
+    for name, value in shares.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise BadInput(f"puzzle '{puzzle}': {name}={value!r} must be a share from 0 to 1")

@@ -1,0 +1,81 @@
+"""What decoding remembers: one latent and one rotary key per token and layer (kv_lora_rank + qk_rope_head_dim numbers).
+
+Shapes: L layers, n active rows (always the first n), S positions in use, C numbers a token.
+"""
+
+import torch
+from torch import Tensor
+
+from pascaline.model.config import ModelConfig
+
+BLOCK = 64  # capacity grows and attention spans are cut in steps of this many positions
+
+
+class PrefillCache:
+    """Keeps the entries of fresh prompts, so that `LatentCache.put` can store them row by row."""
+
+    fresh = True
+
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []  # each [P, T, C]
+
+    def append(self, layer: int, entries_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        self.layers.append(entries_BTC)
+        return entries_BTC, entries_BTC  # a fresh forward attends to its own tokens in the expanded form and reads neither
+
+
+class LatentCache:
+    """Rows of growing length in one tensor [L, rows, capacity, C]."""
+
+    fresh = False
+
+    def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device):
+        self.width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.entries = torch.zeros(config.num_hidden_layers, rows, BLOCK, self.width, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens stored, a row
+        self.longest = 0
+
+    def bytes_per_token(self) -> int:
+        """Bytes of cache a token costs over all layers."""
+        return self.entries.shape[0] * self.width * self.entries.element_size()
+
+    def put(self, rows: Tensor, prompt: Tensor, prefill: PrefillCache, lengths: Tensor) -> None:
+        """Store prefilled prompts: row rows[i] becomes a copy of prompt[i] with lengths[i] tokens; both [m]."""
+        span = prefill.layers[0].shape[1]
+        self._reserve(span)
+        for layer, entries in enumerate(prefill.layers):
+            self.entries[layer, rows, :span] = entries.index_select(0, prompt)
+        self.lengths[rows] = lengths
+        self.longest = max(self.longest, span)
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy rows over rows, to close the holes that finished rows leave."""
+        self.entries[:, target, : self.longest] = self.entries[:, source, : self.longest]
+        self.lengths[target] = self.lengths[source]
+
+    def begin(self, rows: int, longest: int) -> None:
+        """Prepare one decode step of the first `rows` rows, the longest of which holds `longest` tokens."""
+        self.rows, self.longest = rows, longest + 1
+        self._reserve(self.longest)
+        self.span = min(-(-self.longest // BLOCK) * BLOCK, self.entries.shape[2])
+        at = self.lengths[:rows]
+        hidden = torch.arange(self.span, device=at.device) > at.unsqueeze(1)
+        self.mask = torch.zeros(rows, 1, self.span, dtype=self.entries.dtype, device=at.device).masked_fill_(hidden.unsqueeze(1), -torch.inf)
+        self.index = at.view(rows, 1, 1).expand(rows, 1, self.width)
+
+    def append(self, layer: int, entries_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        row = self.entries[layer, : self.rows]
+        row.scatter_(1, self.index, entries_BTC)
+        return row[:, : self.span], self.mask
+
+    def advance(self) -> None:
+        """The step's tokens now count."""
+        self.lengths[: self.rows] += 1
+
+    def _reserve(self, positions: int) -> None:
+        missing = positions - self.entries.shape[2]
+        if missing > 0:
+            more = -(-missing // BLOCK) * BLOCK
+            L, rows, _, C = self.entries.shape
+            # Unwritten positions are masked, but 0 * nan is nan: they must hold numbers.
+            self.entries = torch.cat((self.entries, self.entries.new_zeros(L, rows, more, C)), 2)

@@ -1,0 +1,85 @@
+"""From logits to tokens. A token depends on its own logits, seed and position alone, never on its neighbours in the batch.
+
+Shapes: n rows, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pascaline.errors import BadInput
+
+HEAD = 64  # top-p usually keeps fewer tokens than this, and a partial sort is far cheaper than a whole one
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. temperature 0 is greedy; top_p keeps the smallest set of tokens that holds that much probability; n answers
+    a prompt; `seed` fixes them all; `stop_ids` end an answer besides the end token."""
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 256
+    n: int = 1
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value, good in (
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf")),
+            ("top_p", self.top_p, 0 < self.top_p <= 1),
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1),
+            ("n", self.n, self.n >= 1),
+        ):
+            if not good:
+                raise BadInput(f"sampling: {name} = {value} is out of range.")
+
+
+def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """One number in (0, 1) for each (seed, position), float64: the splitmix64 hash (Steele et al. 2014) as a counter-based generator."""
+    with np.errstate(over="ignore"):
+        x = mix(seeds.astype(np.uint64) + mix(positions.astype(np.uint64)))
+    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser on uint64."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def sample(logits_nV: Tensor, temperature_n: Tensor, top_p_n: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [n] and their log-probabilities [n] under the model itself (temperature 1, nothing cut off)."""
+    log_p = logits_nV.float().log_softmax(-1)
+    greedy_n = temperature_n == 0
+    if bool(greedy_n.all()):
+        token_n = log_p.argmax(-1)
+    else:
+        heat = torch.where(greedy_n, 1.0, temperature_n).unsqueeze(1)
+        p_nV = log_p.exp() if bool((heat == 1).all()) else (log_p / heat).softmax(-1)
+        token_n = _invert(p_nV, uniform_n)
+        if bool((top_p_n < 1).any()):
+            token_n = torch.where(top_p_n < 1, _top_p(p_nV, top_p_n, uniform_n), token_n)
+        if bool(greedy_n.any()):
+            token_n = torch.where(greedy_n, log_p.argmax(-1), token_n)
+    return token_n, log_p.gather(1, token_n.unsqueeze(1)).squeeze(1)
+
+
+def _invert(p: Tensor, uniform_n: Tensor) -> Tensor:
+    """Inverse-CDF sampling: the first index whose cumulated probability reaches uniform * total."""
+    cdf = p.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cdf, (uniform_n * cdf[:, -1]).unsqueeze(1)).squeeze(1).clamp_(max=p.shape[-1] - 1)
+
+
+def _top_p(p_nV: Tensor, top_p_n: Tensor, uniform_n: Tensor) -> Tensor:
+    values, indices = p_nV.topk(min(HEAD, p_nV.shape[1]), -1)
+    if bool((values.sum(-1) < top_p_n).any()):
+        values, indices = p_nV.sort(-1, descending=True)
+    before = values.cumsum(-1) - values
+    kept = values.masked_fill(before >= top_p_n.unsqueeze(1), 0.0)
+    return indices.gather(1, _invert(kept, uniform_n).unsqueeze(1)).squeeze(1)

@@ -1,0 +1,176 @@
+"""What a chain of stages came to: the page report.html, and the table a terminal prints. Both only read report.json."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pascaline.eval import plots
+
+Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+NONE = "-"
+
+
+def report_html(report: Mapping[str, Any], curves: Curves) -> str:
+    """The whole page: no script, no network, everything that came from a model escaped.
+
+    report: the content of report.json; curves: stage name -> rows of its metrics.jsonl. What is missing is left out.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    # All values are escaped by default; only the drawings made here go in as they are.
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "count": count, "flops": flops, "time": clock, "points": points}
+    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    drawn = _sections(report, curves)
+    sections = [(name, note, [Markup(svg) for svg in svgs if svg]) for name, note, svgs in drawn if any(svgs)]
+    told = {key: report.get(key) or [] for key in ("stages", "protocols", "examples")}
+    facts = {key: report.get(key) or {} for key in ("gain", "versions", "machine")}
+    return template.render(**told, **facts, recipe=report.get("recipe"), seed=report.get("seed"), sections=sections)
+
+
+def table_text(report: Mapping[str, Any]) -> str:
+    """The same numbers for a terminal: a row a stage, then a row a sampling protocol, then the gain."""
+    head = ["stage", "accuracy", "95% interval", "n", "tokens", "time", "FLOPs"]
+    rows = [
+        [row["name"], *_accuracy(row), clock(row.get("seconds")), flops(row.get("flops"))]
+        for row in report.get("stages", [])
+    ]
+    parts = [_aligned([head, *rows])] if rows else []
+    head = [
+        "model",
+        "temp",
+        "top-p",
+        "samples",
+        "accuracy",
+        "95% interval",
+        "n",
+        "tokens",
+        "abstain",
+        "false",
+        "cut off",
+    ]
+    rows = [
+        [str(row.get("model", NONE)), *(count(row.get(key)) for key in ("temperature", "top_p", "samples"))]
+        + _accuracy(row)
+        + [percent(row.get(key)) for key in ("abstain", "false_claim", "truncated")]
+        for row in report.get("protocols", [])
+    ]
+    if rows:
+        parts.append(_aligned([head, *rows]))
+    gain = report.get("gain") or {}
+    if gain.get("points") is not None:
+        parts.append(f"RL gain: {points(gain['points'])} points (95% interval {_between(gain, points)})")
+    return "\n\n".join(parts)
+
+
+def percent(value: float | None) -> str:
+    """0.4412 -> 44.1%"""
+    return NONE if _absent(value) else f"{100 * value:.1f}%"  # type: ignore[operator]
+
+
+def points(value: float | None) -> str:
+    """A difference in points of a percent, with its sign: 19.2 -> +19.2"""
+    return NONE if _absent(value) else f"{value:+.1f}"
+
+
+def count(value: float | None) -> str:
+    """1234 -> 1,234; fractions: 57.345 -> 57.3, 0.95 -> 0.95, 0.6 -> 0.6"""
+    if value is None or _absent(value):
+        return NONE
+    if value == int(value):
+        return f"{int(value):,}"
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}".rstrip("0")
+
+
+def flops(value: float | None) -> str:
+    """1.234e15 -> 1.23e15"""
+    return NONE if not value or _absent(value) else f"{value:.2e}".replace("e+", "e")
+
+
+def clock(value: float | None) -> str:
+    """Seconds: 4.2 s, 1 min 05 s, 2 h 03 min"""
+    if value is None or _absent(value):
+        return NONE
+    if value < 59.95:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} min {seconds:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _absent(value: object) -> bool:
+    return not isinstance(value, int | float) or not math.isfinite(value)
+
+
+def _between(row: Mapping[str, Any], form: Any, prefix: str = "") -> str:
+    low, high = row.get(f"{prefix}low"), row.get(f"{prefix}high")
+    return NONE if _absent(low) or _absent(high) else f"{form(low)} to {form(high)}"
+
+
+def _accuracy(row: Mapping[str, Any]) -> list[str]:
+    interval = _between(row, percent, "accuracy_")
+    return [percent(row.get("accuracy")), interval, count(row.get("n")), count(row.get("mean_tokens"))]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns two spaces apart, the first to the left and numbers to the right, a rule below the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _sections(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str, list[str | None]]]:
+    """(heading, note, drawings); a drawing is None where its numbers are missing."""
+    pretrain, sft, rl = (curves.get(name) or [] for name in ("pretrain", "sft", "rl"))
+    loss = {"loss": "loss"}
+    nats = "loss (nats per token)"
+    learning = [
+        plots.curve(pretrain, loss, nats, "Pre-training loss", x="tokens", width=0.02),
+        plots.curve(sft, loss, nats, "Fine-tuning loss (assistant tokens)", width=0.03),
+    ]
+    ends = {"abstain": "gives up", "false_claim": "false claim", "truncated": "cut off"}
+    flat = [row.get("flat_groups") or 0 for row in rl]
+    groups = "groups per step" if max(flat, default=0) > 1 else "share of groups"
+    trial = [
+        plots.curve(
+            rl, {"reward": "reward", "accuracy": "accuracy"}, "mean per rollout", "Reward and accuracy in training"
+        ),
+        plots.curve(rl, {"response_tokens": "tokens"}, "tokens per response", "Response length"),
+        plots.curve(rl, ends, "share of rollouts", "How the other rollouts end"),
+        plots.curve(rl, {"entropy": "entropy"}, "entropy (nats per token)", "Entropy of the policy"),
+        plots.curve(rl, {"flat_groups": "groups"}, groups, "Groups without variance"),
+    ]
+    experts = [
+        plots.expert_load(pretrain, "After pre-training"),
+        plots.expert_load(rl, "After RL"),
+        plots.curve(
+            pretrain, {"max_violation": "max"}, "max violation", "Balance in pre-training", x="tokens", width=0.02
+        ),
+    ]
+    more = [
+        plots.votes(report.get("majority") or [], "Majority vote among k samples"),
+        plots.votes(report.get("best_of") or [], "Best of k samples (pass@k)"),
+    ]
+    return [
+        ("Learning from text", "Faint: each step. Strong: running mean.", learning),
+        (
+            "Learning by trial",
+            "Measured on the training rollouts of each step. A group whose answers all score the same teaches nothing.",
+            trial,
+        ),
+        ("More samples", "Held-out problems.", more),
+        (
+            "Load of the experts",
+            "Tokens each expert received, relative to an even share (1.00), in the last steps. Max violation: "
+            "the busiest expert's excess over an even share.",
+            experts,
+        ),
+    ]

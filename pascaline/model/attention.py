@@ -1,0 +1,132 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1), expanded and absorbed side by side.
+
+Shapes: B batch, T new tokens, S cached tokens, H heads, D hidden, R latent rank, N non-rotary dims, P rotary dims, V value dims.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pascaline.model.config import ModelConfig
+from pascaline.model.fused import rms_norm
+from pascaline.model.rope import rotate
+
+LATENT_EPS = 1e-6  # the norms on the latents keep this whatever rms_norm_eps is (V3 and transformers alike)
+QUERY_BLOCK = 128
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Cache(Protocol):
+    """What attention asks of a cache. `fresh` is true while no row holds earlier tokens, so the expanded form is enough."""
+
+    fresh: bool
+
+    def append(self, layer: int, entries_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [latent | rotary key] of the new tokens; return all entries [B, S, R+P] and a mask [B, 1 or T, S] to add to scores."""
+        ...
+
+
+class LatentAttention(nn.Module):
+    """Queries and one latent per token. Training and prefill expand the latent to keys and values per head; decoding absorbs
+    the expansion into the query and the output, so the cache holds only R + P numbers a token."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads, rank = config.num_attention_heads, config.kv_lora_rank
+
+        def linear(fan_in: int, fan_out: int) -> nn.Linear:
+            return nn.Linear(fan_in, fan_out, bias=False)
+
+        if config.q_lora_rank is None:
+            self.q_proj = linear(config.hidden_size, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = linear(config.hidden_size, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
+            self.q_b_proj = linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = linear(config.hidden_size, rank + config.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(rank, LATENT_EPS)
+        self.kv_b_proj = linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = linear(heads * config.v_head_dim, config.hidden_size)
+
+    def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], mask_BTT: Tensor, cache: Cache | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]. `mask_BTT` says which new token sees which new token; `cache` adds the earlier ones."""
+        c = self.config
+        B, T, _ = x_BTD.shape
+        if c.q_lora_rank is None:
+            q = self.q_proj(x_BTD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        q_nope, q_rope = q.view(B, T, c.num_attention_heads, c.qk_head_dim).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent = self.kv_a_layernorm(latent)
+        # One rotary call for the queries of all heads and the one key they share.
+        q_rope, k_rope = rotate(torch.cat((q_rope, k_rope.unsqueeze(2)), 2), *turn).split([c.num_attention_heads, 1], 2)
+        if cache is None:
+            return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, mask_BTT))
+        fresh = cache.fresh
+        entries, mask_BTS = cache.append(self.layer, torch.cat((latent, k_rope.squeeze(2)), -1))
+        if fresh:
+            return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, mask_BTT))
+        return self.o_proj(self._absorbed(q_nope, q_rope, entries, mask_BTS))
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent_BTR: Tensor, k_rope: Tensor, mask_BTT: Tensor) -> Tensor:
+        """The form of the paper's equations: keys and values per head. [B, T, H*V]."""
+        c = self.config
+        B, T, H, _ = q_nope.shape
+        kv = self.kv_b_proj(latent_BTR).view(B, T, H, c.qk_nope_head_dim + c.v_head_dim)
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
+        k = torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), -1).transpose(1, 2)
+        return attend(q, k, v.transpose(1, 2), mask_BTT, c.attention_scale).transpose(1, 2).reshape(B, T, H * c.v_head_dim)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entries_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
+        """(q W_UK) . latent equals q . (W_UK latent): attend in the latent space, expand only the result. [B, T, H*V]."""
+        c = self.config
+        B, T, H, N = q_nope.shape
+        w_HMR = self.kv_b_proj.weight.view(H, N + c.v_head_dim, c.kv_lora_rank)
+        q_lat = torch.matmul(q_nope.reshape(B * T, H, N).transpose(0, 1), w_HMR[:, :N])  # [H, B*T, R]
+        q = torch.cat((q_lat.transpose(0, 1).reshape(B, T, H, -1), q_rope), -1).view(B, T * H, -1)
+        scores = torch.matmul(q * c.attention_scale, entries_BSC.transpose(1, 2)).view(B, T, H, -1)
+        weights = (scores + mask_BTS.unsqueeze(2)).softmax(-1)
+        mixed = torch.matmul(weights.view(B, T * H, -1), entries_BSC[..., : c.kv_lora_rank])  # [B, T*H, R]
+        out = torch.matmul(mixed.view(B * T, H, -1).transpose(0, 1), w_HMR[:, N:].transpose(1, 2))  # [H, B*T, V]
+        return out.transpose(0, 1).reshape(B, T, H * c.v_head_dim)
+
+
+def visible(document_ids_BT: Tensor | None, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Who sees whom, as a mask to add to scores: 0 for an earlier or the same position of the same document, else -inf.
+    [B or 1, T, T] in `dtype`."""
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None]
+    if document_ids_BT is not None:
+        hidden = hidden | (document_ids_BT[:, :, None] != document_ids_BT[:, None, :])
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+
+
+def attend(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTV: Tensor, mask_BTT: Tensor, scale: float) -> Tensor:
+    """Causal attention under an additive mask, [B, H, T, V].
+
+    CPU kernels of scaled_dot_product_attention are no faster in bf16 than in float32 and want equal head dims, so on the CPU
+    blocks of queries meet only the keys before them in plain matmuls; elsewhere PyTorch's kernel does it (parity: tests).
+    """
+    mask = mask_BTT.unsqueeze(1)
+    if q_BHTC.device.type != "cpu":
+        return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTV, attn_mask=mask, scale=scale)
+    out = []
+    for start in range(0, q_BHTC.shape[2], QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q_BHTC.shape[2])
+        scores = torch.matmul(q_BHTC[:, :, start:stop] * scale, k_BHTC[:, :, :stop].transpose(2, 3))
+        weights = scores.add_(mask[:, :, start:stop, :stop]).softmax(-1)
+        out.append(torch.matmul(weights, v_BHTV[:, :, :stop]))
+    return torch.cat(out, 2) if len(out) > 1 else out[0]

@@ -1,0 +1,188 @@
+"""Sigmoid router with group limits and bias balancing, and the experts behind it (DeepSeek-V3, arXiv 2412.19437 section 2.1.2).
+
+Shapes: n tokens, D hidden, E experts, K experts a token, F expert width, C rows reserved per expert.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pascaline.model.config import ModelConfig
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate x) * up x)."""
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Scores every expert in float32 and picks K. The bias steers the choice only; it is moved by `balance`, never by a gradient."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias: Tensor
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x_nD: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, D] -> weights [n, K] float32 and expert indices [n, K]."""
+        c = self.config
+        scores_nE = F.linear(x_nD.float(), self.weight.float()).sigmoid()
+        choice_nE = scores_nE.detach() + self.e_score_correction_bias
+        if c.n_group > 1:
+            grouped = choice_nE.unflatten(1, (c.n_group, -1))
+            best = grouped.topk(2, -1).values.sum(-1).topk(c.topk_group, -1).indices
+            closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+            # -inf, not 0: a biased score may be negative, and a closed group must still lose to it.
+            choice_nE = grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
+        index_nK = choice_nE.topk(c.num_experts_per_tok, -1, sorted=False).indices
+        weight_nK = scores_nE.gather(1, index_nK)
+        if c.norm_topk_prob:
+            weight_nK = weight_nK / (weight_nK.sum(-1, keepdim=True) + 1e-20)
+        return weight_nK * c.routed_scaling_factor, index_nK
+
+    @torch.no_grad()
+    def balance(self, load_E: Tensor, rate: float) -> None:
+        """b += rate * sign(mean(load) - load), then centred, so that overloaded experts are chosen less (arXiv 2408.15664).
+
+        load_E: tokens routed to each expert over a whole optimizer step, all micro-batches and ranks.
+        """
+        load = load_E.float()
+        self.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+        self.e_score_correction_bias -= self.e_score_correction_bias.mean()
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked: gate_up_proj [E, 2F, D] and down_proj [E, D, F]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, width))
+
+    def forward(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor, load_E: Tensor) -> Tensor:
+        """Sum of the chosen experts' outputs, weighted; [n, D]. Every path computes the same sum (parity: tests)."""
+        n = len(x_nD)
+        if x_nD.device.type != "cpu":
+            return self.by_grouped_mm(x_nD, weight_nK, index_nK, load_E)
+        if n <= 2:
+            return self.by_token(x_nD, weight_nK, index_nK)
+        if not torch.is_grad_enabled() and n * len(load_E) <= 8192:
+            return self.by_all(x_nD, weight_nK, index_nK)
+        return self.by_padding(x_nD, weight_nK, index_nK, load_E)
+
+    def by_loop(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
+        """The reference: one expert after the other."""
+        out = torch.zeros_like(x_nD)
+        for e in range(len(self.gate_up_proj)):
+            token, slot = torch.where(index_nK == e)
+            gate, up = F.linear(x_nD[token], self.gate_up_proj[e]).chunk(2, -1)
+            y = F.linear(F.silu(gate) * up, self.down_proj[e])
+            out = out.index_add(0, token, y * weight_nK[token, slot, None].to(y.dtype))
+        return out
+
+    def by_padding(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor, load_E: Tensor) -> Tensor:
+        """Give each expert as many rows as the busiest needs and run all in one batched matmul. Nothing is dropped.
+
+        One shape for all experts is what makes CPU matmuls fast: a loop pays for a new shape per expert (shared/feasibility).
+        """
+        E, (n, K) = len(load_E), index_nK.shape
+        rows = -(-int(load_E.max()) // 16) * 16
+        flat = index_nK.flatten()
+        order = flat.argsort(stable=True)
+        start = load_E.cumsum(0) - load_E
+        sorted_expert = flat[order]
+        slot_sorted = sorted_expert * rows + torch.arange(n * K, device=flat.device) - start[sorted_expert]
+        slot = torch.empty_like(order).scatter_(0, order, slot_sorted)  # (token, k) -> row
+        source = torch.full((E * rows,), n * K, device=flat.device).scatter_(0, slot, torch.arange(n * K, device=flat.device))
+        spread = _Spread.apply(x_nD, source, slot, K).view(E, rows, -1)
+        gate, up = torch.bmm(spread, self.gate_up_proj.transpose(1, 2)).chunk(2, -1)
+        y = torch.bmm(F.silu(gate) * up, self.down_proj.transpose(1, 2)).flatten(0, 1)
+        return (_Collect.apply(y, source, slot).view(n, K, -1) * weight_nK.unsqueeze(-1).to(y.dtype)).sum(1)
+
+    def by_all(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
+        """Every expert on every token: more arithmetic, but two matmuls and no sorting; wins for a decode batch."""
+        weight_nE = x_nD.new_zeros(len(x_nD), len(self.gate_up_proj)).scatter_(1, index_nK, weight_nK.to(x_nD.dtype))
+        gate, up = torch.matmul(x_nD, self.gate_up_proj.transpose(1, 2)).chunk(2, -1)
+        hidden = F.silu(gate).mul_(up).mul_(weight_nE.t().unsqueeze(-1))
+        return torch.bmm(hidden, self.down_proj.transpose(1, 2)).sum(0)
+
+    def by_token(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
+        """Only the chosen experts, one at a time: touches the least memory, for one or two tokens."""
+        out = []
+        for token, (row, experts) in enumerate(zip(x_nD.split(1), index_nK.tolist(), strict=True)):
+            hidden = [F.linear(row, self.gate_up_proj[e]).chunk(2, -1) for e in experts]
+            y = [F.linear(F.silu(gate) * up, self.down_proj[e]) for (gate, up), e in zip(hidden, experts, strict=True)]
+            out.append(weight_nK[token : token + 1].to(row.dtype) @ torch.cat(y))
+        return torch.cat(out)
+
+    def by_grouped_mm(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor, load_E: Tensor) -> Tensor:
+        """Sorted tokens through PyTorch's grouped matmul: no padding; the path for CUDA."""
+        n, K = index_nK.shape
+        order = index_nK.flatten().argsort(stable=True)
+        ends = load_E.cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(x_nD[order // K], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
+        y = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        y = y * weight_nK.flatten()[order, None].to(y.dtype)
+        return torch.zeros_like(x_nD).index_add(0, order // K, y)
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens to their experts' rows. Its backward is a gather too, because (token, k) <-> row is one to one; PyTorch's own
+    backward of indexing is a scatter-add, several times slower on the CPU."""
+
+    @staticmethod
+    def forward(ctx, x_nD: Tensor, source: Tensor, slot: Tensor, K: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(slot)
+        ctx.shape = (len(x_nD), K)
+        return torch.cat((x_nD, x_nD.new_zeros(1, x_nD.shape[1]))).index_select(0, source // K)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        (slot,) = ctx.saved_tensors
+        return grad.index_select(0, slot).view(*ctx.shape, -1).sum(1), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Experts' rows back to (token, k) order; unused rows get no gradient."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, source: Tensor, slot: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(source)
+        return y.index_select(0, slot)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        (source,) = ctx.saved_tensors
+        return torch.cat((grad, grad.new_zeros(1, grad.shape[1]))).index_select(0, source), None, None
+
+
+class MoE(nn.Module):
+    """y = sum of the chosen experts + shared experts (one MLP of their joint width)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, shared) if shared else None
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, D] -> [B, T, D] and the load [E]: how many (token, k) pairs each expert got."""
+        x_nD = x_BTD.flatten(0, -2)
+        weight_nK, index_nK = self.gate(x_nD)
+        load_E = torch.bincount(index_nK.flatten(), minlength=len(self.gate.weight))
+        y = self.experts(x_nD, weight_nK, index_nK, load_E)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x_nD)
+        return y.view_as(x_BTD), load_E

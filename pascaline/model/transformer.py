@@ -1,0 +1,188 @@
+"""The model: blocks, head, MTP modules. Module names are those of the Hugging Face files.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary, L expert layers, E experts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pascaline.model.attention import Cache, LatentAttention, RMSNorm, visible
+from pascaline.model.config import ModelConfig
+from pascaline.model.moe import MLP, Experts, MoE, Router
+from pascaline.model.rope import angles
+
+
+@dataclass
+class View:
+    """What every layer of one forward shares: rotary angles, the mask among the new tokens, the cache."""
+
+    turn: tuple[Tensor, Tensor]
+    mask_BTT: Tensor
+    cache: Cache | None
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward with residuals."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LatentAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        dense = layer < config.first_k_dense_replace
+        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+
+    def forward(self, x_BTD: Tensor, view: View) -> tuple[Tensor, Tensor | None]:
+        """[B, T, D] -> [B, T, D] and, for an expert layer, its load [E]."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view.turn, view.mask_BTT, view.cache)
+        y = self.mlp(self.post_attention_layernorm(x_BTD))
+        y, load = y if isinstance(y, tuple) else (y, None)
+        return x_BTD + y, load
+
+
+class MTPBlock(Block):
+    """A multi-token-prediction module: predicts one token further from the hidden state before it and the next token's
+    embedding (arXiv 2412.19437, section 2.2). Embedding and head are the model's own."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    def forward(self, hidden_BTD: Tensor, view: View, next_BTD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x = self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(hidden_BTD)), -1))
+        x, load = super().forward(x, view)
+        return self.shared_head["norm"](x), load
+
+
+class Trunk(nn.Module):
+    """Everything under `model.` in the files. Layers past num_hidden_layers are the MTP modules, as V3 stores them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        depth = config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, i) if i < depth else MTPBlock(config, i) for i in range(depth + config.num_nextn_predict_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Model(nn.Module):
+    """model(tokens [B, T]) -> logits [B, T, V]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V]. Tokens see earlier tokens of their own document only."""
+        return self.head(self.hidden(tokens_BT, positions_BT, document_ids_BT)[0])
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Normed last hidden states [B, T, D], and loads [L, E] (tokens per expert, one row an expert layer)."""
+        view = self.view(tokens_BT, positions_BT, document_ids_BT, cache)
+        x = self.model.embed_tokens(tokens_BT)
+        loads = []
+        for layer in self.model.layers[: self.config.num_hidden_layers]:
+            x, load = layer(x, view)
+            if load is not None:
+                loads.append(load)
+        empty = torch.zeros(0, self.config.n_routed_experts, dtype=torch.long, device=x.device)
+        return self.model.norm(x), torch.stack(loads) if loads else empty
+
+    def view(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None, document_ids_BT: Tensor | None, cache: Cache | None = None
+    ) -> View:
+        B, T = tokens_BT.shape
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=tokens_BT.device).expand(B, T)
+        turn = angles(self.config.rope, self.config.qk_rope_head_dim, positions_BT)
+        return View(turn, visible(document_ids_BT, B, T, tokens_BT.device, self.dtype), cache)
+
+    def mtp_hidden(
+        self, hidden_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """For depth k = 1, 2, ...: states [B, T, D] whose head predicts token t + 1 + k, and the module's expert load.
+
+        hidden_BTD are the states of `hidden`. The last k positions see wrapped-around tokens: mask them in the loss.
+        """
+        view, out = self.view(tokens_BT, positions_BT, document_ids_BT), []
+        for module in self.model.layers[self.config.num_hidden_layers :]:
+            tokens_BT = tokens_BT.roll(-1, 1)
+            hidden_BTD, load = cast(MTPBlock, module)(hidden_BTD, view, self.model.embed_tokens(tokens_BT))
+            out.append((hidden_BTD, load))
+        return out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of normed hidden states [..., D]."""
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def routers(self) -> list[Router]:
+        """The routers in layer order, the MTP modules' last."""
+        return [m for m in self.modules() if isinstance(m, Router)]
+
+    def cast_(self, dtype: torch.dtype) -> "Model":
+        """Change the compute dtype in place. Routers stay float32: a rounded score picks another expert."""
+        for module in self.modules():
+            if not isinstance(module, Router):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+        return self
+
+    @torch.no_grad()
+    def init_(self, seed: int) -> "Model":
+        """Normal(0, initializer_range) for every matrix, ones for norms, zeros for router biases (V3)."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, Experts, Router)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write a Hugging Face folder (config.json, model.safetensors, generation_config.json). Byte-stable."""
+        from pascaline.model import hf
+
+        hf.save(folder, self.config, dict(self.state_dict()), self.dtype)
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters in total, active per token, and the MTP modules' own; embeddings and head counted as DeepSeek does (both in)."""
+    with torch.device("meta"):
+        model = Model(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    mtp = {f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers)}
+    own = sum(size for name, size in sizes.items() if name.startswith(tuple(mtp)))
+    routed = sum(size for name, size in sizes.items() if ".experts." in name and not name.startswith(tuple(mtp) or "-"))
+    total = sum(sizes.values()) - own
+    active = total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
+    return {"total": total, "active": active, "mtp": own}

@@ -1,0 +1,132 @@
+"""The last stage: every model of the chain on the same held-out problems, and the report of the whole run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pascaline.data.puzzles import Problem, Verdict
+from pascaline.engine import Engine, Output, Sampling
+from pascaline.eval import passk, tasks
+from pascaline.model import hf
+from pascaline.post.stages import NAMES, PLAIN_ANSWER, Run
+from pascaline.post.verifiers import verdict
+from pascaline.runs import Interrupt, machine, read_json, versions, write_json
+from pascaline.train.loop import Stopped, active_parameters
+
+VOTES = (1, 2, 4, 8, 16, 32)
+EXAMPLES = 3
+SEED = 1_000_003  # of the evaluation problems: one set for every run, so that runs can be compared
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Measure pretrain, sft and rl under several protocols; each piece is kept in parts/, so an interrupted evaluation goes on."""
+    plan = run.recipe.eval
+    problems = tasks.held_out(plan.puzzles, run.recipe.puzzles, plan.problems, SEED)
+    main = problems[plan.puzzles[0]]
+    protocols = [(plan.temperature, plan.top_p, plan.samples), (1.0, 1.0, plan.samples), (0.0, 1.0, 1)]
+    pieces: list[tuple[str, str, Callable[[Engine], dict[str, Any]]]] = []
+
+    def piece(model: str, name: str, work: Callable[[Engine], dict[str, Any]]) -> None:
+        pieces.append((model, f"{model}-{name}", work))
+
+    # The base model reads plain text: it meets chat tokens only in sft.
+    piece("pretrain", "plain", lambda engine: _base(engine, main, plan.temperature, plan.top_p, plan.max_tokens))
+    for model in ("sft", "rl"):
+        for temperature, top_p, samples in protocols:
+            sampling = Sampling(temperature, top_p, plan.max_tokens, samples, seed=SEED)
+            piece(model, f"t{temperature:g}", lambda engine, s=sampling: _protocol(engine, main, s))  # type: ignore[misc]
+        for other in plan.puzzles[1:]:
+            sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, 1, seed=SEED)
+            piece(model, other, lambda engine, s=sampling, n=other: _protocol(engine, problems[n], s))  # type: ignore[misc]
+        sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, plan.votes, seed=SEED + 1)
+        piece(model, "votes", lambda engine, s=sampling: _votes(engine, main[: plan.vote_problems], s))  # type: ignore[misc]
+    return _work(run, pieces)
+
+
+def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, Any]]]]) -> dict[str, Any]:
+    engine, loaded, flops = None, "", 0.0
+    with run.progress("eval", len(pieces), "part") as progress, Interrupt() as interrupt:
+        for i, (model, name, work) in enumerate(pieces):
+            path = run.folder("eval") / "parts" / f"{name}.json"
+            found = read_json(path)
+            if found is None:
+                if loaded != model:
+                    weights = hf.load(run.folder(model) / "model", run.dtype, run.device)
+                    engine, loaded = Engine(weights, run.tokenizer()), model
+                assert engine is not None
+                before = engine.generated + engine.prefilled
+                found = work(engine)
+                found["flops"] = 2.0 * active_parameters(engine.model) * (engine.generated + engine.prefilled - before)
+                write_json(path, found)
+            flops += found["flops"]
+            progress.update(i + 1, part=name, accuracy=found.get("accuracy"))
+            if interrupt.requested:
+                raise Stopped(f"stopped after part {i + 1} of {len(pieces)} of the evaluation")
+    return {"flops": flops}
+
+
+def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling) -> dict[str, Any]:
+    result = tasks.evaluate(engine, problems, sampling, verdict)
+    examples = [
+        {"prompt": p.prompt, "thought": o[0].reasoning or "", "answer": o[0].text, "verdict": v[0].value}
+        for p, o, v in zip(problems[:EXAMPLES], result.outputs, result.verdicts, strict=False)
+    ]
+    how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "samples": sampling.n, "puzzle": problems[0].puzzle}
+    return {**how, **result.summary(), "by_problem": result.right.mean(1).tolist(), "examples": examples}
+
+
+def _votes(engine: Engine, problems: list[Problem], sampling: Sampling) -> dict[str, Any]:
+    result = tasks.evaluate(engine, problems, sampling, verdict)
+    counts = [k for k in VOTES if k <= sampling.n]
+    majority, best = result.votes(counts)
+    return {"k": counts, "majority": majority, "best_of": best, "n": len(problems)}
+
+
+def _base(engine: Engine, problems: list[Problem], temperature: float, top_p: float, max_tokens: int) -> dict[str, Any]:
+    """The base model continues "problem, newline" as plain text; what follows "Answer: " on the last line counts."""
+    own = engine.tokenizer
+    assert own is not None
+
+    def judge(problem: Problem, output: Output) -> Verdict:
+        thought, said, answer = output.text.rpartition(f"\n{PLAIN_ANSWER}")
+        return verdict(problem, Output(output.token_ids, output.logprobs, output.finish_reason, answer, thought if said else None))
+
+    sampling = Sampling(temperature, top_p, max_tokens, 1, seed=SEED)
+    result = tasks.evaluate(engine, problems, sampling, judge, lambda p: [own.begin, *own.encode(f"{p.prompt}\n")])
+    return result.summary()
+
+
+def report(run: Run) -> dict[str, Any]:
+    """The content of report.json, read back from the stages' folders."""
+    parts = {p.stem: read_json(p) or {} for p in sorted((run.folder("eval") / "parts").glob("*.json"))}
+    main = f"t{run.recipe.eval.temperature:g}"
+    measured = {"pretrain": parts["pretrain-plain"], "sft": parts[f"sft-{main}"], "rl": parts[f"rl-{main}"]}
+    keys = ("accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens")
+    rows = []
+    for name in NAMES:
+        summary = read_json(run.folder(name) / "done.json") or {}
+        facts = measured.get(name, {})
+        rows.append({"name": name, **{k: facts.get(k) for k in keys}, "seconds": summary.get("seconds"), "flops": summary.get("flops", 0.0)})
+    protocols = [
+        {"model": name.split("-")[0], **{k: v for k, v in part.items() if k not in ("by_problem", "examples", "flops")}}
+        for name, part in parts.items()
+        if "temperature" in part
+    ]
+    before, after = parts["sft-votes"], parts["rl-votes"]
+    gain, low, high = passk.paired_difference(measured["rl"]["by_problem"], measured["sft"]["by_problem"])
+    examples = [
+        {"prompt": a["prompt"], "before": {k: b[k] for k in ("thought", "answer", "verdict")}, "after": {k: a[k] for k in ("thought", "answer", "verdict")}}
+        for b, a in zip(measured["sft"]["examples"], measured["rl"]["examples"], strict=True)
+    ]  # fmt: skip
+
+    def curve(kind: str) -> list[dict[str, Any]]:
+        return [{"k": k, "accuracy": a, "before": b} for k, a, b in zip(after["k"], after[kind], before[kind], strict=True)]
+
+    return {
+        "stages": rows, "protocols": protocols, "gain": {"points": 100 * gain, "low": 100 * low, "high": 100 * high},
+        "majority": curve("majority"), "best_of": curve("best_of"), "votes_n": after["n"], "examples": examples,
+        "seed": run.recipe.seed, "versions": versions(),
+        "machine": machine(None if run.device.type == "cpu" else str(run.device)) | {"dtype": str(run.dtype).removeprefix("torch."),
+                                                                                     "threads": torch.get_num_threads()},
+    }  # fmt: skip

@@ -1,0 +1,26 @@
+"""Group-relative policy optimisation: what a group of answers to one prompt says about each of them.
+
+Shapes: G groups (prompts), n answers a group.
+"""
+
+import numpy as np
+
+from pascaline.data.puzzles import Verdict
+
+
+def rewards(verdicts: list[list[Verdict]], wrong: float) -> np.ndarray:
+    """[G, n]: 1 for right, 0 for giving up, `wrong` (0 or less) for a false claim."""
+    value = {Verdict.RIGHT: 1.0, Verdict.ABSTAIN: 0.0, Verdict.WRONG: wrong}
+    return np.array([[value[v] for v in group] for group in verdicts])
+
+
+def advantages(reward_Gn: np.ndarray, right_Gn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(reward - mean) / std over each group (DeepSeekMath, arXiv 2402.03300), and which groups [G] are flat.
+
+    A group is flat when its answers are all right or none is: it carries no gradient. What counts is the verdict, not the shaped
+    reward, or a group without any right answer would teach nothing but to give up (verl-recipe #125).
+    """
+    flat_G = right_Gn.all(1) | ~right_Gn.any(1)
+    centred = reward_Gn - reward_Gn.mean(1, keepdims=True)
+    advantage = centred / (reward_Gn.std(1, keepdims=True) + 1e-6)
+    return np.where(flat_G[:, None], 0.0, advantage), flat_G

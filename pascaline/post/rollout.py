@@ -1,0 +1,83 @@
+"""Rollouts: problems in, sampled answers and their advantages out, as batches for the trainer.
+
+The engine's token ids and log-probabilities go to the loss as they are; nothing is decoded and encoded again on the way.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+
+from pascaline.data import puzzles
+from pascaline.data.batch import Batch, Sample, batches
+from pascaline.data.puzzles import Problem, Verdict
+from pascaline.engine import Engine, Output, Sampling
+from pascaline.post import grpo
+from pascaline.post.verifiers import verdict
+from pascaline.recipe import Puzzle, Rl
+from pascaline.train.loop import active_parameters
+
+
+class Rollouts:
+    """A Source for the training loop: step i samples with the weights of that moment and with a seed made from (seed, i)."""
+
+    def __init__(self, engine: Engine, rl: Rl, tables: dict[str, Puzzle], seed: int):
+        self.engine, self.rl, self.tables, self.seed = engine, rl, tables, seed
+        self.facts: dict[str, Any] = {}
+        self.flops_per_token = 2.0 * active_parameters(engine.model)
+
+    def problems(self, step: int) -> list[Problem]:
+        """This step's prompts, spread evenly over the puzzles; never a held-out one."""
+        found = []
+        for i, name in enumerate(self.rl.puzzles):
+            share = self.rl.prompts // len(self.rl.puzzles) + (i < self.rl.prompts % len(self.rl.puzzles))
+            seed = random.Random(f"rl {self.seed} {step}").getrandbits(48)
+            found += puzzles.problems(name, share, seed, held_out=False, **self.tables[name].dials)
+        return found
+
+    def step(self, step: int) -> list[Batch]:
+        problems = self.problems(step)
+        sampling = Sampling(1.0, 1.0, self.rl.max_tokens, self.rl.samples, seed=random.Random(f"sample {self.seed} {step}").getrandbits(48))
+        before = self.engine.generated + self.engine.prefilled
+        outputs = self.engine.generate([p.prompt for p in problems], sampling)
+        spent = self.engine.generated + self.engine.prefilled - before
+        verdicts = [[verdict(p, o) for o in group] for p, group in zip(problems, outputs, strict=True)]
+        right = np.array([[v is Verdict.RIGHT for v in group] for group in verdicts])
+        reward = grpo.rewards(verdicts, self.rl.wrong_reward)
+        advantage, flat = grpo.advantages(reward, right)
+        self.facts = {**_facts(outputs, verdicts), "reward": float(reward.mean()), "flat_groups": int(flat.sum()),
+                      "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token}  # fmt: skip
+        assert self.engine.tokenizer is not None
+        samples = [
+            rl_sample(self.engine.tokenizer.prompt_ids(p.prompt), o, float(a))
+            for p, group, row, skip in zip(problems, outputs, advantage, flat, strict=True)
+            if not skip
+            for o, a in zip(group, row, strict=True)
+        ]
+        rows = max(self.rl.micro_tokens // self.rl.sequence_length, 1)
+        return batches(samples, self.rl.sequence_length, rows, self.engine.tokenizer.pad)
+
+
+def rl_sample(prompt: list[int], output: Output, advantage: float) -> Sample:
+    """One answer as a document: weight, advantage and behaviour log-probability on its sampled tokens, nothing on the prompt."""
+    zeros = np.zeros(len(prompt), np.float32)
+    ones = np.ones(len(output.token_ids), np.float32)
+    streams = {
+        "rl": np.concatenate((zeros, ones)),
+        "advantage": np.concatenate((zeros, ones * advantage)),
+        "old_logprob": np.concatenate((zeros, np.array(output.logprobs, np.float32))),
+    }
+    return Sample(np.array(prompt + output.token_ids), streams)
+
+
+def _facts(outputs: list[list[Output]], verdicts: list[list[Verdict]]) -> dict[str, float]:
+    """Shares over all answers of a step; a truncated answer counts as wrong but not as a false claim."""
+    flat = [(o, v) for group, row in zip(outputs, verdicts, strict=True) for o, v in zip(group, row, strict=True)]
+    cut = [o.finish_reason == "length" for o, _ in flat]
+    return {
+        "accuracy": float(np.mean([v is Verdict.RIGHT for _, v in flat])),
+        "abstain": float(np.mean([v is Verdict.ABSTAIN for _, v in flat])),
+        "truncated": float(np.mean(cut)),
+        "false_claim": float(np.mean([v is Verdict.WRONG and not c for (_, v), c in zip(flat, cut, strict=True)])),
+        "response_tokens": float(np.mean([len(o.token_ids) for o, _ in flat])),
+    }

@@ -1,0 +1,28 @@
+"""Chats as training samples: the loss lies on the assistant's tokens only."""
+
+import random
+
+import numpy as np
+
+from pascaline.data import puzzles
+from pascaline.data.batch import Sample
+from pascaline.recipe import Puzzle
+from pascaline.tokenizer import Tokenizer
+
+
+def chat_sample(prompt: list[int], completion: list[int]) -> Sample:
+    """A prompt and its completion as one document; `ce` is 1 on the completion, its end token included, and 0 on the prompt."""
+    weights = np.zeros(len(prompt) + len(completion), np.float32)
+    weights[len(prompt) :] = 1.0
+    return Sample(np.array(prompt + completion), {"ce": weights})
+
+
+def puzzle_samples(tables: dict[str, Puzzle], tokenizer: Tokenizer, seed: int) -> list[Sample]:
+    """The recipe's cold-start chats: problems of the training side of the split, each with a written-out thought and its answer."""
+    samples = []
+    for name, table in tables.items():
+        # Another seed than the corpus: other draws of the same stream, still never a held-out problem.
+        for i, problem in enumerate(puzzles.problems(name, table.examples, seed + 1, held_out=False, **table.dials)):
+            trace = puzzles.get(name).trace(problem, random.Random(f"sft {seed} {name} {i}"), **table.quality)
+            samples.append(chat_sample(*tokenizer.chat_ids(problem.prompt, trace.thought, trace.answer)))
+    return samples

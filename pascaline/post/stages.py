@@ -1,0 +1,226 @@
+"""What each stage of the chain does: read the folders before it, write its own."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pascaline import tokenizer as tokenizers
+from pascaline.data import puzzles
+from pascaline.data.loader import CorpusSamples, ListSamples, Loader, Samples
+from pascaline.data.shards import Corpus, ShardWriter
+from pascaline.data.sources import documents
+from pascaline.engine import Engine
+from pascaline.errors import BadInput
+from pascaline.model import hf
+from pascaline.model.config import ModelConfig, from_recipe
+from pascaline.model.transformer import Model
+from pascaline.post.rollout import Rollouts
+from pascaline.post.sft import puzzle_samples
+from pascaline.progress import Progress
+from pascaline.recipe import Recipe, Stage
+from pascaline.runs import Interrupt, atomic_path, lineage, write_atomic
+from pascaline.tokenizer import Tokenizer
+from pascaline.train.loop import Stopped, Trainer
+from pascaline.train.losses import Loss
+
+NAMES = ("corpus", "tokenizer", "pretrain", "sft", "rl", "eval")
+TOKENIZER_BYTES = 8_000_000  # of text to learn merges from; more changes little
+BATCH = 1000  # documents encoded at once
+
+
+@dataclass
+class Run:
+    """A resolved recipe in its folder."""
+
+    recipe: Recipe
+    out: Path
+    device: torch.device
+    dtype: torch.dtype
+    quiet: bool = False
+
+    def folder(self, stage: str) -> Path:
+        return self.out / f"{NAMES.index(stage) + 1:02d}-{stage}"
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder("tokenizer"))
+
+    def progress(self, stage: str, total: int | None, unit: str) -> Progress:
+        return Progress(stage, total, unit, enabled=not self.quiet)
+
+
+def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    """The recipe's model over a vocabulary; impossible shapes and unknown names are BadInput."""
+    if "vocab_size" in recipe.model:
+        raise BadInput("model.vocab_size follows from the tokenizer; set tokenizer.vocab_size instead.")
+    return from_recipe({**recipe.model, "vocab_size": vocab_size})
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what cannot work before anything starts (BadInput)."""
+    config = model_config(recipe, recipe.tokenizer.vocab_size)
+    if recipe.tokenizer.vocab_size < 256 + len(tokenizers.SPECIALS):
+        raise BadInput(f"tokenizer.vocab_size = {recipe.tokenizer.vocab_size} is smaller than the byte alphabet and the special tokens; "
+                       f"take at least {256 + len(tokenizers.SPECIALS)}.")  # fmt: skip
+    for name in ("pretrain", "sft", "rl"):
+        stage: Stage = getattr(recipe, name)
+        if stage.sequence_length > config.max_position_embeddings:
+            raise BadInput(f"{name}.sequence_length = {stage.sequence_length} is more than the model's {config.max_position_embeddings} positions.")
+    for name, table in recipe.puzzles.items():
+        problem = puzzles.problems(name, 1, 0, held_out=False, **table.dials)[0]
+        try:
+            puzzles.get(name).trace(problem, random.Random(0), **table.quality)
+        except TypeError as e:
+            raise BadInput(f"puzzles.{name}.quality: {e}.") from None
+    for where, names in (("rl.puzzles", recipe.rl.puzzles), ("eval.puzzles", recipe.eval.puzzles)):
+        if not names or set(names) - set(recipe.puzzles):
+            raise BadInput(f"{where} = {names} must name puzzles of the recipe ({', '.join(recipe.puzzles) or 'it has none'}).")
+    if not any(t.traces for t in recipe.puzzles.values()) and not recipe.corpus.sources:
+        raise BadInput("the corpus would be empty: name corpus.sources or give a puzzle some traces.")
+    if not any(t.examples for t in recipe.puzzles.values()):
+        raise BadInput("sft has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
+
+
+def corpus(run: Run) -> dict[str, Any]:
+    """documents.jsonl (text, source, id), excluded.jsonl (what was left out and why) and card.md."""
+    recipe, folder = run.recipe, run.folder("corpus")
+    excluded: list[dict[str, Any]] = []
+    counts: dict[str, list[int]] = {}
+    with atomic_path(folder / "documents.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file, Interrupt() as interrupt:
+        with run.progress("corpus", None, "document") as progress:
+            for i, (text, source, name) in enumerate(_texts(recipe, excluded.append)):
+                count = counts.setdefault(source, [0, 0])
+                count[0] += 1
+                count[1] += len(text.encode())
+                file.write(json.dumps({"text": text, "source": source, "id": name}) + "\n")
+                progress.update(i + 1, source=source)
+                if interrupt.requested:
+                    raise Stopped("stopped while gathering the corpus")
+    write_atomic(folder / "excluded.jsonl", "".join(json.dumps(e) + "\n" for e in excluded))
+    lines = [f"| {source} | {n:,} | {size:,} |" for source, (n, size) in counts.items()]
+    reasons: dict[str, int] = {}
+    for entry in excluded:
+        reasons[entry["filter"]] = reasons.get(entry["filter"], 0) + 1
+    left = [f"| {reason} | {n:,} |" for reason, n in sorted(reasons.items())]
+    card = ["# Corpus", "", "| source | documents | bytes |", "|---|---|---|", *lines, "", "Left out (excluded.jsonl):", ""]
+    write_atomic(folder / "card.md", "\n".join([*card, "| reason | files or rows |", "|---|---|", *left, ""]))
+    return {"documents": sum(n for n, _ in counts.values()), "bytes": sum(size for _, size in counts.values())}
+
+
+def _texts(recipe: Recipe, exclude: Callable[[dict[str, Any]], None]) -> Iterator[tuple[str, str, str]]:
+    """(text, source, id) of the real text and of the puzzles' traces. Training problems only."""
+    if recipe.corpus.sources and recipe.corpus.max_bytes:
+        yield from documents(recipe.corpus.sources, recipe.corpus.max_bytes, exclude)
+    for name, table in recipe.puzzles.items():
+        for i, problem in enumerate(puzzles.problems(name, table.traces, recipe.seed, held_out=False, **table.dials)):
+            trace = puzzles.get(name).trace(problem, random.Random(f"corpus {recipe.seed} {name} {i}"), **table.quality)
+            yield plain_text(problem.prompt, trace.thought, trace.answer), f"puzzle:{name}", problem.key
+
+
+PLAIN_ANSWER = "Answer: "
+
+
+def plain_text(prompt: str, thought: str, answer: str) -> str:
+    """A trace as the base model reads it: no chat tokens, those come with sft."""
+    return f"{prompt}\n{thought}\n{PLAIN_ANSWER}{answer}"
+
+
+def read_documents(run: Run) -> Iterator[dict[str, str]]:
+    with open(run.folder("corpus") / "documents.jsonl", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def tokenizer(run: Run) -> dict[str, Any]:
+    """tokenizer.json and its companions, and the corpus as token shards."""
+    folder = run.folder("tokenizer")
+
+    def sample() -> Iterator[str]:
+        # Spread over the whole file, whose sources stand one after the other.
+        size = (run.folder("corpus") / "documents.jsonl").stat().st_size
+        for i, document in enumerate(read_documents(run)):
+            if i % max(size // TOKENIZER_BYTES, 1) == 0:
+                yield document["text"]
+
+    trained = tokenizers.train(sample(), run.recipe.tokenizer.vocab_size)
+    trained.save(folder)
+    written = 0
+    with (
+        ShardWriter(folder / "shards", trained.vocab_size) as writer,
+        run.progress("tokenizer", None, "document") as progress,
+        Interrupt() as interrupt,
+    ):
+        batch: list[dict[str, str]] = []
+
+        def flush() -> None:
+            for document, ids in zip(batch, trained.encode_batch([d["text"] for d in batch]), strict=True):
+                writer.add([trained.begin, *ids, trained.end], document["source"])
+
+        for document in read_documents(run):
+            batch.append(document)
+            if len(batch) == BATCH:
+                flush()
+                written += len(batch)
+                batch = []
+                progress.update(written, tokens=writer.tokens)
+                if interrupt.requested:
+                    raise Stopped("stopped while encoding the corpus")
+        flush()
+        tokens = writer.tokens
+    return {"vocab_size": trained.vocab_size, "tokens": tokens}
+
+
+def pretrain(run: Run) -> dict[str, Any]:
+    """Next-token prediction on the packed corpus, from random weights."""
+    stage, own = run.recipe.pretrain, run.tokenizer()
+    model = Model(model_config(run.recipe, own.vocab_size)).init_(run.recipe.seed).to(run.device)
+    samples = CorpusSamples(Corpus(run.folder("tokenizer") / "shards"), stage.sequence_length)
+    return _train(run, "pretrain", model, _loader(run, "pretrain", samples, stage.tokens_per_step), -(-stage.tokens // stage.tokens_per_step))
+
+
+def sft(run: Run) -> dict[str, Any]:
+    """A cold start on chats: thought, then answer; loss on the assistant's tokens."""
+    stage = run.recipe.sft
+    samples = ListSamples(puzzle_samples(run.recipe.puzzles, run.tokenizer(), run.recipe.seed))
+    model = hf.load(run.folder("pretrain") / "model", device=run.device)
+    steps = max(round(stage.epochs * int(samples.lengths.sum()) / stage.tokens_per_step), 1)
+    return _train(run, "sft", model, _loader(run, "sft", samples, stage.tokens_per_step), steps)
+
+
+def rl(run: Run) -> dict[str, Any]:
+    """GRPO on puzzles, rollouts from the engine on the weights being trained."""
+    stage = run.recipe.rl
+    model = hf.load(run.folder("sft") / "model", device=run.device)
+    # The engine holds the same module object as the trainer, so it samples from the newest weights.
+    rollouts = Rollouts(Engine(model, run.tokenizer()), stage, run.recipe.puzzles, run.recipe.seed)
+    return _train(run, "rl", model, rollouts, stage.steps)
+
+
+def _loader(run: Run, name: str, samples: Samples, tokens_per_step: int) -> Loader:
+    stage: Stage = getattr(run.recipe, name)
+    rows = max(tokens_per_step // stage.sequence_length, 1)
+    micro = max(stage.micro_tokens // stage.sequence_length, 1)
+    return Loader(samples, stage.sequence_length, rows, min(micro, rows), run.tokenizer().pad, run.recipe.seed)
+
+
+def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[str, Any]:
+    stage: Stage = getattr(run.recipe, name)
+    rule = Loss(mtp=stage.mtp if model.config.num_nextn_predict_layers else 0.0)
+    if name == "rl":
+        rule = Loss(clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
+    trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype)
+    totals = trainer.run(source, steps, quiet=run.quiet)
+    run.tokenizer().save(run.folder(name) / "model")
+    return {"steps": steps, "tokens": totals.tokens, "seconds": totals.seconds, "flops": totals.flops}
+
+
+def record(run: Run, name: str, summary: dict[str, Any]) -> None:
+    """lineage.json of a finished stage."""
+    before = NAMES[: NAMES.index(name)]
+    parents = [run.folder(before[-1])] if before else []
+    lineage(run.folder(name), parents=parents, seed=run.recipe.seed, seconds=summary.get("seconds"), flops=summary.get("flops"),
+            accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype), stage=name)  # fmt: skip

@@ -1,0 +1,151 @@
+"""One live line for a long stage on a terminal; a few plain lines elsewhere, so that a log shows life."""
+
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+REDRAW = 0.1  # seconds between two renderings, so that a loop of 1000 steps a second is not slowed
+QUIET_GAP = 1.0  # seconds between two plain lines, so that a stage of a second does not write ten
+WINDOW = 64  # samples of (time, step) for the speed: steps get longer as responses do
+
+
+class Progress:
+    """`with Progress(stage="rl", total=500, unit="step") as p: p.update(step, loss=1.2, tokens_per_s=9000.0)`.
+
+    step: steps done so far, out of `total` (None: unknown). A resumed stage begins at its first update's step.
+    facts: numbers or short strings, shown in order; None and lists are left out; `_per_` in a name reads "/".
+    On a terminal a bar, elapsed time, ETA and facts; else a line at the start, at most one per tenth, one at the end.
+    enabled=False shows nothing (other ranks, --json).
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total: int | None = None,
+        unit: str = "step",
+        *,
+        enabled: bool = True,
+        file: TextIO | None = None,
+    ) -> None:
+        self.stage, self.total, self.unit, self.enabled = stage, total, unit, enabled
+        self.step = 0
+        self.facts: dict[str, Any] = {}
+        self._file = file if file is not None else sys.stderr
+        self._live: Any = None
+        self._task: Any = None
+        self._began = self._shown = self._said = time.monotonic()
+        self._tenth = 0
+        self._speed: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+
+    def __enter__(self) -> Self:
+        self._began = self._said = time.monotonic()
+        self._shown = self._began - REDRAW  # the first update is drawn
+        if self.enabled and self._file.isatty():
+            self._start_live()
+        elif self.enabled:
+            self._say(f"{self.stage}: " + (self._count(0) if self.total is None else f"{self.total} {self.unit}s"))
+        return self
+
+    def update(self, step: int, **facts: Any) -> None:
+        """Tell how many steps are done, and what to show beside; cheap, most calls draw nothing."""
+        self.step = step
+        self.facts = facts
+        now = time.monotonic()
+        if not self.enabled or now - self._shown < REDRAW:
+            return
+        self._shown = now
+        if not self._speed:  # the first update ends one step, also after a resume
+            self._speed.append((self._began, step - 1))
+        self._speed.append((now, step))
+        if self._live is not None:
+            self._live.update(self._task, completed=step, right=self._text(now))
+            return
+        tenth = 10 * step // self.total if self.total else int((now - self._began) / 30)
+        if now - self._said >= QUIET_GAP and tenth > self._tenth and step != self.total:
+            self._tenth, self._said = tenth, now
+            self._say(f"{self.stage}: {self._text(now)}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not self.enabled:
+            return
+        whole = kind is None and (self.total is None or self.step >= self.total)
+        if self._live is not None:
+            self._live.stop()
+        self._say(f"{self.stage}: {'done' if whole else 'stopped'}, {self._text(time.monotonic(), eta=False)}")
+
+    def _start_live(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Live
+        from rich.table import Column
+
+        facts = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        # What is printed to the terminal meanwhile goes above the line; a piped stdout is not touched (--json).
+        self._live = Live(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[right]}", markup=False, table_column=facts),
+            console=Console(file=self._file),
+            expand=True,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
+            refresh_per_second=4,
+        )
+        self._live.start()
+        self._task = self._live.add_task(self.stage, total=self.total, right=self._count(0))
+
+    def _text(self, now: float, eta: bool = True) -> str:
+        parts = [self._count(self.step), duration(now - self._began)]
+        left = self._left() if eta else None
+        if left is not None:
+            parts.append(f"ETA {duration(left)}")
+        # Facts last: a narrow terminal cuts the end of the line.
+        return "  ".join(
+            parts + [f"{label(name)} {number(value)}" for name, value in self.facts.items() if _shows(value)]
+        )
+
+    def _count(self, step: int) -> str:
+        return f"{step} {self.unit}s" if self.total is None else f"{step}/{self.total} {self.unit}s"
+
+    def _left(self) -> float | None:
+        if self.total is None or len(self._speed) < 2:
+            return None
+        (early, first), (late, last) = self._speed[0], self._speed[-1]
+        return (late - early) / (last - first) * (self.total - last) if last > first else None
+
+    def _say(self, line: str) -> None:
+        self._file.write(line + "\n")
+        self._file.flush()
+
+
+def label(name: str) -> str:
+    """`tokens_per_s` -> `tokens/s`, `grad_norm` -> `grad norm`."""
+    return name.replace("_per_", "/").replace("_", " ")
+
+
+def number(value: Any) -> str:
+    """Three significant digits, a letter for large numbers: 0.0123, 1.23, 12.3k, 4.5M; small whole numbers in full."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int) and abs(value) < 10_000:
+        return str(value)
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'k' else size):.3g}{letter}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """4.2 s, 1:05, 2:03:04."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    whole = int(seconds)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _shows(value: Any) -> bool:
+    return isinstance(value, int | float | str)

@@ -1,0 +1,218 @@
+"""A recipe: one TOML file that says what a run does. Every key has a type and a default; an unknown key is an error.
+
+`pascaline run recipes/laptop.toml --set rl.steps=50` overrides a key from the command line.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pascaline.errors import BadInput, describe_validation
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Corpus(Table):
+    """Real text. sources: "stdlib" (Python's own standard library), files or directories; max_bytes: at most so much of it."""
+
+    sources: list[str] = ["stdlib"]
+    max_bytes: int = Field(4_000_000, ge=0)
+
+
+class Puzzle(Table):
+    """One puzzle family. traces: worked traces in the corpus; examples: chats in sft; dials: difficulty; quality: how the traces
+    are written (the puzzle's own `trace` arguments)."""
+
+    traces: int = Field(0, ge=0)
+    examples: int = Field(0, ge=0)
+    dials: dict[str, int] = {}
+    quality: dict[str, Any] = {}
+
+
+class Tokenizer(Table):
+    vocab_size: int = Field(1024, ge=1)
+
+
+class Optim(Table):
+    """The optimizer and its schedule. muon: for the layers' matrices, AdamW for the rest. warmup in steps; decay: last share of the
+    steps in which wsd falls; final: end over peak rate."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    momentum: float = Field(0.95, ge=0, lt=1)
+    lr: float = Field(1e-3, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, gt=0)
+    warmup: int = Field(20, ge=0)
+    schedule: Literal["constant", "cosine", "wsd"] = "wsd"
+    decay: float = Field(0.2, ge=0, le=1)
+    final: float = Field(0.1, ge=0, le=1)
+
+
+class Stage(Optim):
+    """What every training stage has. tokens_per_step: tokens in one optimizer step, cut into micro-batches of at most
+    micro_tokens; balance_rate: gamma of the router bias; mtp: weight of the multi-token loss; save_every: steps."""
+
+    sequence_length: int = Field(256, ge=8)
+    micro_tokens: int = Field(8192, ge=8)
+    balance_rate: float = Field(1e-3, ge=0)
+    mtp: float = Field(0.3, ge=0)
+    save_every: int = Field(100, ge=1)
+
+
+class Pretrain(Stage):
+    tokens: int = Field(1_000_000, ge=1)
+    tokens_per_step: int = Field(4096, ge=8)
+
+
+class Sft(Stage):
+    tokens_per_step: int = Field(4096, ge=8)
+    epochs: float = Field(1.0, gt=0)
+
+
+class Rl(Stage):
+    """GRPO. Each step samples `samples` answers to each of `prompts` problems of `puzzles`; wrong_reward is what a false claim earns
+    (right earns 1, giving up 0)."""
+
+    puzzles: list[str] = ["countdown"]
+    steps: int = Field(60, ge=1)
+    prompts: int = Field(32, ge=1)
+    samples: int = Field(16, ge=2)
+    max_tokens: int = Field(200, ge=1)
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0)
+    wrong_reward: float = Field(0.0, le=0)
+
+
+class Eval(Table):
+    """Held-out problems of `puzzles` (the first is the headline). samples at each temperature; `votes` samples on `vote_problems`
+    problems for the majority and best-of curves."""
+
+    puzzles: list[str] = ["countdown"]
+    problems: int = Field(1000, ge=1)
+    samples: int = Field(4, ge=1)
+    temperature: float = Field(0.6, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    votes: int = Field(32, ge=1)
+    vote_problems: int = Field(128, ge=1)
+    max_tokens: int = Field(256, ge=1)
+
+
+class Recipe(Table):
+    """The whole chain. `model` is a preset name plus overrides (pascaline.model.config)."""
+
+    seed: int = Field(1, ge=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    corpus: Corpus = Corpus()
+    puzzles: dict[str, Puzzle] = {}
+    tokenizer: Tokenizer = Tokenizer()
+    model: dict[str, Any] = {"preset": "nano"}
+    pretrain: Pretrain = Pretrain()
+    sft: Sft = Sft()
+    rl: Rl = Rl()
+    eval: Eval = Eval()
+
+
+def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe file and apply overrides ("rl.steps": 50). Any mistake is BadInput naming file, key and what would be right."""
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"there is no recipe {path}{_siblings(path)}.") from None
+    except (IsADirectoryError, UnicodeDecodeError):
+        raise BadInput(f"{path} is not a recipe: it must be a TOML text file.") from None
+    except tomllib.TOMLDecodeError as e:
+        raise BadInput(f"{path} is not valid TOML: {e}.") from None
+    for key, value in (overrides or {}).items():
+        _put(raw, key, value)
+    return parse(raw, str(path))
+
+
+def parse(raw: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as e:
+        raise BadInput(describe_validation(e, where, _keys(Recipe))) from None
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """`rl.steps=50` -> ("rl.steps", 50). The value is TOML; a bare word is a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise BadInput(f"--set {text!r} must look like rl.steps=50.")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two resolved recipes differ."""
+    out = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key}")
+    return out
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML, every key written out."""
+    lines: list[str] = []
+
+    def table(values: dict[str, Any], name: str) -> None:
+        plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
+        if name and (plain or not values):
+            lines.append(f"\n[{name}]")
+        lines.extend(f"{k} = {_toml(v)}" for k, v in plain.items() if v is not None)
+        for key, value in values.items():
+            if isinstance(value, dict):
+                table(value, f"{name}.{key}" if name else key)
+
+    table(recipe.model_dump(), "")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, str):
+        import json
+
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        raw = raw.setdefault(part, {})
+        if not isinstance(raw, dict):
+            raise BadInput(f"--set {key}: {part} is not a table.")
+    raw[last] = value
+
+
+def _keys(table: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
+    """Known keys under every dotted prefix, for suggesting the nearest one."""
+    out = {prefix: list(table.model_fields)}
+    for name, field in table.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            out |= _keys(field.annotation, f"{prefix}.{name}" if prefix else name)
+    return out
+
+
+def _siblings(path: Path) -> str:
+    from pascaline.errors import nearest
+
+    names = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+    return nearest(path.name, names)

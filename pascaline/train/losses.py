@@ -1,0 +1,137 @@
+"""One loss for every stage: ce + rl + kl + mtp, each a weighted sum over tokens divided by its own total weight.
+
+Shapes: B rows, T tokens, m tokens that carry any weight.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pascaline.data.batch import Batch
+from pascaline.model.transformer import Model
+
+WEIGHTS = ("ce", "rl", "kl")
+CHUNK = 512  # tokens whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Constants of the loss. clip_low, clip_high: PPO's range with DAPO's higher upper end (arXiv 2503.14476); kl: weight of the
+    distance to the reference, k3 of Schulman's note; mtp: weight of the multi-token loss (arXiv 2412.19437 eq. 25)."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl: float = 0.0
+    mtp: float = 0.0
+
+
+def totals(batches: Iterable[Batch]) -> dict[str, float]:
+    """Total weight of each stream over a whole optimizer step."""
+    out: dict[str, float] = {}
+    for batch in batches:
+        for name in WEIGHTS:
+            if name in batch.streams:
+                out[name] = out.get(name, 0.0) + float(batch.streams[name][:, 1:].double().sum())
+    return out
+
+
+def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """This micro-batch's share of the step's loss (a scalar with gradient), detached parts to log (shares that add up over the
+    micro-batches), and expert loads [L, E] with the MTP modules' routers last."""
+    hidden, loads = model.hidden(batch.tokens, batch.positions, batch.document_ids)
+    weights = {n: batch.streams[n][:, 1:].flatten() for n in WEIGHTS if total.get(n)}
+    keep = torch.stack(list(weights.values())).ne(0).any(0).nonzero().squeeze(1)
+    target = batch.tokens[:, 1:].flatten()[keep]
+    logprob, entropy = token_logprobs(hidden[:, :-1].flatten(0, 1).index_select(0, keep), model.head_weight, target)
+
+    def stream(name: str) -> Tensor:
+        return batch.streams[name][:, 1:].flatten()[keep]
+
+    parts: dict[str, Tensor] = {}
+    if "ce" in weights:
+        parts["ce"] = -(weights["ce"][keep] * logprob).sum() / total["ce"]
+    if "rl" in weights:
+        w = weights["rl"][keep]
+        log_ratio = logprob - stream("old_logprob")
+        parts["rl"], clipped = clipped_surrogate(log_ratio, stream("advantage"), rule)
+        parts["rl"] = (w * parts["rl"]).sum() / total["rl"]
+    if "kl" in weights:
+        parts["kl"] = rule.kl * (weights["kl"][keep] * k3(logprob, stream("ref_logprob"))).sum() / total["kl"]
+    if rule.mtp and "ce" in weights:
+        mtp, mtp_loads = _mtp(model, batch, hidden, total["ce"])
+        parts["mtp"] = rule.mtp * mtp
+        loads = torch.cat((loads, mtp_loads))
+    logs = {name: part.detach() for name, part in parts.items()}
+    if "rl" in weights:
+        with torch.no_grad():
+            share = w / total["rl"]
+            logs |= {"entropy": (share * entropy).sum(), "clipped": (share * clipped).sum(),
+                     "mismatch": (share * log_ratio.abs()).sum()}  # fmt: skip
+    return torch.stack(list(parts.values())).sum(), logs, loads
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_mD: Tensor, weight_VD: Tensor, target_m: Tensor):  # type: ignore[no-untyped-def]
+        logprobs, entropies = [], []
+        for part in range(0, len(hidden_mD), CHUNK):
+            log_p = F.linear(hidden_mD[part : part + CHUNK], weight_VD).float().log_softmax(-1)
+            logprobs.append(log_p.gather(1, target_m[part : part + CHUNK, None]).squeeze(1))
+            entropies.append(-(log_p.exp() * log_p).sum(-1))
+        ctx.save_for_backward(hidden_mD, weight_VD, target_m)
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx, grad_m: Tensor, _: Tensor):  # type: ignore[no-untyped-def]
+        hidden_mD, weight_VD, target_m = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden_mD), torch.zeros(weight_VD.shape, device=weight_VD.device)
+        for part in range(0, len(hidden_mD), CHUNK):
+            span = slice(part, part + CHUNK)
+            slope = F.linear(hidden_mD[span], weight_VD).float().softmax(-1)  # d(-logprob)/d(logits) = p - onehot
+            slope.scatter_add_(1, target_m[span, None], slope.new_full((len(slope), 1), -1.0))
+            slope = slope.mul_(-grad_m[span, None]).to(hidden_mD.dtype)
+            torch.mm(slope, weight_VD, out=grad_hidden[span])
+            grad_weight += slope.t() @ hidden_mD[span]
+        return grad_hidden, grad_weight.to(weight_VD.dtype), None
+
+
+def token_logprobs(hidden_mD: Tensor, weight_VD: Tensor, target_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target under the head, and the entropy there (no gradient), both [m] float32.
+
+    Logits exist for CHUNK tokens at a time and are computed again in the backward: a third more arithmetic in the head, but
+    [m, V] is never held, and on the CPU the chunk stays in the cache. One-layer reference: F.cross_entropy (parity: tests).
+    """
+    return _TokenLogprobs.apply(hidden_mD, weight_VD, target_m)
+
+
+def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, rule: Loss) -> tuple[Tensor, Tensor]:
+    """-min(r A, clip(r, 1 - low, 1 + high) A) per token, and where the clip holds the gradient back (PPO, arXiv 1707.06347 eq. 7)."""
+    ratio = log_ratio.clamp(-20, 20).exp()
+    free = ratio * advantage
+    held = ratio.clamp(1 - rule.clip_low, 1 + rule.clip_high) * advantage
+    return -torch.minimum(free, held), (held < free).float()
+
+
+def k3(logprob: Tensor, reference: Tensor) -> Tensor:
+    """exp(ref - lp) - (ref - lp) - 1: a non-negative estimate of KL(policy || reference) per token (Schulman 2020)."""
+    difference = (reference - logprob).clamp(-20, 20)
+    return difference.exp() - difference - 1
+
+
+def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """Mean over depths k of the cross-entropy of token t + 1 + k from position t, where it lies in the same document."""
+    losses, loads = [], []
+    for k, (states, load) in enumerate(model.mtp_hidden(hidden, batch.tokens, batch.positions, batch.document_ids), 1):
+        ahead = 1 + k
+        same = batch.document_ids[:, ahead:] == batch.document_ids[:, :-ahead]
+        weight = (batch.streams["ce"][:, ahead:] * same).flatten()
+        logprob, _ = token_logprobs(states[:, :-ahead].flatten(0, 1), model.head_weight, batch.tokens[:, ahead:].flatten())
+        losses.append(-(weight * logprob).sum() / total)
+        if load is not None:
+            loads.append(load)
+    return torch.stack(losses).mean(), torch.stack(loads)

@@ -1,0 +1,131 @@
+"""AdamW, and Muon for the layers' matrices, on float32 master weights whatever dtype the model computes in."""
+
+import torch
+from torch import Tensor, nn
+
+from pascaline.model.transformer import Model
+from pascaline.recipe import Optim
+
+
+NS_STEPS = 5
+NS = (3.4445, -4.7750, 2.0315)  # quintic Newton-Schulz coefficients of Jordan's Muon
+
+
+def orthogonalise(g_nAB: Tensor) -> Tensor:
+    """Each matrix's singular values moved to about 1 (0.7..1.2) by five Newton-Schulz steps; [n, A, B] -> [n, A, B]."""
+    a, b, c = NS
+    tall = g_nAB.shape[1] > g_nAB.shape[2]
+    x = g_nAB.transpose(1, 2) if tall else g_nAB
+    x = x / (x.float().norm(dim=(1, 2), keepdim=True).to(x.dtype) + 1e-7)
+    for _ in range(NS_STEPS):
+        gram = x @ x.transpose(1, 2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+class Muon:
+    """Momentum, orthogonalised, times 0.2 sqrt(max(A, B)), which gives AdamW's update size, so both share one learning rate
+    (Moonlight, arXiv 2502.16982 section 2.2). Stacked experts are orthogonalised one by one, gate and up apart."""
+
+    def __init__(self, masters: dict[str, nn.Parameter], optim: Optim, dtype: torch.dtype):
+        self.masters, self.optim, self.dtype = masters, optim, dtype
+        self.momentum = {name: torch.zeros_like(m) for name, m in masters.items()}
+        self.by_shape: dict[tuple[int, int], list[str]] = {}
+        for name, master in masters.items():
+            self.by_shape.setdefault(_matrices(name, master).shape[1:], []).append(name)  # type: ignore[arg-type]
+
+    def step(self, lr: float) -> None:
+        beta = self.optim.momentum
+        for (rows, columns), names in self.by_shape.items():
+            updates = []
+            for name in names:
+                gradient, momentum = self.masters[name].grad, self.momentum[name]
+                assert gradient is not None
+                momentum.lerp_(gradient, 1 - beta)
+                updates.append(_matrices(name, gradient.lerp(momentum, beta)))
+            update = orthogonalise(torch.cat(updates).to(self.dtype)).float().split([len(u) for u in updates])
+            scale = 0.2 * max(rows, columns) ** 0.5
+            for name, part in zip(names, update, strict=True):
+                master = self.masters[name]
+                master.mul_(1 - lr * self.optim.weight_decay).add_(part.reshape(master.shape), alpha=-lr * scale)
+
+
+def _matrices(name: str, tensor: Tensor) -> Tensor:
+    """A weight as the stack of matrices it is, [n, A, B]."""
+    if name.endswith("gate_up_proj"):
+        return tensor.view(2 * len(tensor), tensor.shape[1] // 2, tensor.shape[2])
+    return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
+
+
+class Optimizer:
+    """Owns the float32 masters. The model's parameters are working copies in the compute dtype (the masters themselves where
+    that is float32): matmuls run in bf16, small updates are not lost.
+
+    Matrices of the layers decay; norms, embeddings and head do not.
+    """
+
+    def __init__(self, model: Model, optim: Optim, dtype: torch.dtype):
+        self.optim = optim
+        self.masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
+        model.cast_(dtype)
+        self.working = dict(model.named_parameters())
+        for name, parameter in self.working.items():
+            if parameter.dtype == torch.float32:
+                parameter.data = self.masters[name].data
+        hidden = {n: m for n, m in self.masters.items() if m.dim() > 1 and "embed_tokens" not in n and "lm_head" not in n}
+        muon = {n: m for n, m in hidden.items() if optim.optimizer == "muon" and not n.endswith("mlp.gate.weight")}
+        self.muon = Muon(muon, optim, dtype)
+        decay = [m for n, m in hidden.items() if n not in muon]
+        plain = [m for n, m in self.masters.items() if n not in hidden]
+        groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+    def collect(self) -> None:
+        """Move the gradients of one backward pass into the masters', in float32, so that micro-batches add up exactly."""
+        for name, parameter in self.working.items():
+            if parameter.grad is None:
+                continue
+            master = self.masters[name]
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """Clip, update, copy back; returns the gradient norm before clipping. A non-finite norm changes nothing."""
+        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.optim.clip, norm)
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+            self.adamw.step()
+            self.muon.step(lr)
+            for name, parameter in self.working.items():
+                if parameter.dtype != torch.float32:
+                    parameter.copy_(self.masters[name])
+        for master in self.masters.values():
+            master.grad = None
+        return float(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and moments by name, flat: what a checkpoint stores."""
+        out = {f"master.{name}": master.detach() for name, master in self.masters.items()}
+        out |= {f"momentum.{name}": value for name, value in self.muon.momentum.items()}
+        for name, master in self.masters.items():
+            out |= {f"{key}.{name}": value for key, value in self.adamw.state.get(master, {}).items()}
+        return out
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, master in self.masters.items():
+            master.copy_(state[f"master.{name}"])
+            if f"exp_avg.{name}" in state:
+                self.adamw.state[master] = {k: state[f"{k}.{name}"].to(master.device) for k in ("step", "exp_avg", "exp_avg_sq")}
+            if name in self.muon.momentum:
+                self.muon.momentum[name].copy_(state[f"momentum.{name}"])
+            if self.working[name].dtype != torch.float32:
+                self.working[name].copy_(master)
