@@ -1,7 +1,6 @@
 """The command line. Each verb is a few lines that call a room; heavy imports wait until a verb needs them."""
 
 import json
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -47,6 +46,7 @@ def run(
 
 
 def _show(report: dict[str, Any], out: Path, done: bool) -> None:
+    from pascaline.chat import printable
     from pascaline.eval.report import table_text
 
     if done:
@@ -57,7 +57,8 @@ def _show(report: dict[str, Any], out: Path, done: bool) -> None:
         for when, name in (("before", "before RL"), ("after", "after RL")):
             said = example[when]
             print(f"  {name} [{said['verdict']}]")
-            print("".join(f"    | {line}\n" for line in said["thought"].splitlines()) + f"    = {said['answer'] or '(no answer)'}")
+            thought = printable(said["thought"]).splitlines()
+            print("".join(f"    | {line}\n" for line in thought) + f"    = {printable(said['answer']) or '(no answer)'}")
     print(f"\nGo on with:\n  pascaline chat {out}/model\n  pascaline report {out}\n  pascaline run {_recipe_name(out)} --out {out}-2 --set seed=2")
 
 
@@ -87,6 +88,8 @@ def report(folder: Annotated[Path, typer.Argument(help="a run's folder")], as_js
     from pascaline.runs import read_json
 
     found = read_json(folder / "report.json")
+    if found is None and not folder.is_dir():
+        raise BadInput(f"there is no folder {folder}.")
     if found is None:
         raise BadInput(f"{folder} has no report.json yet; it appears when the run's last stage is done.")
     if as_json:
@@ -127,7 +130,7 @@ def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="trai
     if not known:
         raise BadInput("the benchmarks live in bench/ of the repository; run this from a clone installed with pip install -e.")
     if name not in known:
-        raise BadInput(f"there is no benchmark '{name}'{nearest(name, known)}; there are {', '.join(known)}.")
+        raise BadInput(f"there is no benchmark '{name}', only {', '.join(known)}{nearest(name, known) or '.'}")
     sys.path.insert(0, str(folder))  # for bench/_common.py
     sys.argv = [f"pascaline bench {name}", *context.args]
     runpy.run_path(str(folder / f"{name}.py"), run_name="__main__")
@@ -137,24 +140,23 @@ def main() -> NoReturn:
     """Entry point: a user's mistake is one sentence on stderr and exit code 2, Ctrl-C is 130; no traceback in either case."""
     try:
         app(standalone_mode=True)
+    except SystemExit as e:
+        if e.code == 130:  # what typer makes of Ctrl-C
+            _stop(130, "stopped; the same command goes on from what was saved.")
+        raise
     except BadInput as e:
         _stop(2, str(e))
-    except KeyboardInterrupt:
-        _stop(130, "stopped; the same command goes on from what was saved")
-    except BrokenPipeError:
-        os._exit(0)
-    except OSError as e:
+    except Exception as e:
         from pascaline.runs import disk_full
 
+        if type(e).__name__ == "Stopped":  # by name: its module imports torch
+            _stop(130, f"{e}; run the same command to go on.")
         if disk_full(e):
-            _stop(2, f"no space left on the device while writing {e.filename or 'a file'}; free some and run the same command again.")
-        if e.filename is None:
-            raise
-        _stop(2, f"{e.filename}: {(e.strerror or str(e)).lower()}.")
-    except Exception as e:
-        if type(e).__name__ != "Stopped":
-            raise
-        _stop(130, f"{e}; run the same command to go on")
+            place = getattr(e, "filename", None) or "a file"
+            _stop(2, f"no space left on the device while writing {place}; free some and run the same command again.")
+        if isinstance(e, OSError):
+            _stop(2, f"{e.filename}: {(e.strerror or str(e)).lower()}." if e.filename else f"{e.strerror or e}.")
+        raise
     sys.exit(0)
 
 

@@ -9,11 +9,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pascaline.errors import BadInput, describe_validation
+from pascaline.errors import BadInput, describe_validation, nearest
+
+STAGES = ("corpus", "tokenizer", "pretrain", "sft", "rl", "eval")  # of the chain, in their order
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # strict: "50" and true are no numbers; no infinities: they have no JSON form
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Corpus(Table):
@@ -25,11 +28,11 @@ class Corpus(Table):
 
 class Puzzle(Table):
     """One puzzle family. traces: worked traces in the corpus; examples: chats in sft; dials: difficulty; quality: how the traces
-    are written (the puzzle's own `trace` arguments)."""
+    are written. Both are the puzzle's own: the LEVELS and the arguments of `trace` in its file."""
 
     traces: int = Field(0, ge=0)
     examples: int = Field(0, ge=0)
-    dials: dict[str, int] = {}
+    dials: dict[str, Any] = {}
     quality: dict[str, Any] = {}
 
 
@@ -56,8 +59,9 @@ class Optim(Table):
 
 
 class Stage(Optim):
-    """What every training stage has. tokens_per_step: tokens in one optimizer step, cut into micro-batches of at most
-    micro_tokens; balance_rate: gamma of the router bias; mtp: weight of the multi-token loss; save_every: steps."""
+    """What every training stage has. sequence_length: tokens a row (in sft and rl a longer chat gets longer rows);
+    tokens_per_step: tokens in one optimizer step, cut into micro-batches of at most micro_tokens; balance_rate: gamma of the
+    router bias; mtp: weight of the multi-token loss; save_every: steps."""
 
     sequence_length: int = Field(256, ge=8)
     micro_tokens: int = Field(8192, ge=8)
@@ -126,7 +130,7 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"there is no recipe {path}{_siblings(path)}.") from None
+        raise BadInput(f"there is no recipe {path}{_siblings(path)}") from None
     except (IsADirectoryError, UnicodeDecodeError):
         raise BadInput(f"{path} is not a recipe: it must be a TOML text file.") from None
     except tomllib.TOMLDecodeError as e:
@@ -140,7 +144,7 @@ def parse(raw: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as e:
-        raise BadInput(describe_validation(e, where, _keys(Recipe))) from None
+        raise BadInput(describe_validation(e, where, Recipe.model_fields)) from None
 
 
 def read_setting(text: str) -> tuple[str, Any]:
@@ -149,9 +153,10 @@ def read_setting(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise BadInput(f"--set {text!r} must look like rl.steps=50.")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        read = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
+    return key.strip(), read["value"] if len(read) == 1 else value.strip()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -174,13 +179,17 @@ def to_toml(recipe: Recipe) -> str:
         plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
         if name and (plain or not values):
             lines.append(f"\n[{name}]")
-        lines.extend(f"{k} = {_toml(v)}" for k, v in plain.items() if v is not None)
+        lines.extend(f"{_toml_key(k)} = {_toml(v)}" for k, v in plain.items() if v is not None)
         for key, value in values.items():
             if isinstance(value, dict):
-                table(value, f"{name}.{key}" if name else key)
+                table(value, f"{name}.{_toml_key(key)}" if name else _toml_key(key))
 
     table(recipe.model_dump(), "")
     return "\n".join(lines) + "\n"
+
+
+def _toml_key(key: str) -> str:
+    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else _toml(key)
 
 
 def _toml(value: Any) -> str:
@@ -189,7 +198,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, str):
         import json
 
-        return json.dumps(value)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's surrogate pairs are not TOML
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
@@ -202,17 +211,6 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
     raw[last] = value
 
 
-def _keys(table: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
-    """Known keys under every dotted prefix, for suggesting the nearest one."""
-    out = {prefix: list(table.model_fields)}
-    for name, field in table.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            out |= _keys(field.annotation, f"{prefix}.{name}" if prefix else name)
-    return out
-
-
 def _siblings(path: Path) -> str:
-    from pascaline.errors import nearest
-
     names = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-    return nearest(path.name, names)
+    return nearest(path.name, names) or "."

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import threading
@@ -103,9 +104,10 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def disk_full(error: OSError) -> bool:
-    """Whether `error` says that the device or the user's quota is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def disk_full(error: BaseException) -> bool:
+    """Whether `error` says that the device or the user's quota is full; safetensors and shutil say it only in their text."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
 
 
 def complete(folder: str | os.PathLike[str], summary: Mapping[str, Any] | None = None) -> None:
@@ -125,14 +127,17 @@ class Lock:
     """`with Lock(folder):` one run at a time in `folder` (made if absent); the kernel frees the lock of a killed run.
 
     Raises BadInput naming the folder and the process that holds it. On entry it removes temporary files that a killed
-    run left anywhere below the folder: the holder of the lock is the only writer there.
+    run left anywhere below the folder: the holder of the lock is the only writer there. A block that fails before it
+    writes anything leaves no folder behind that was not there.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._fd: int | None = None
+        self._new = False
 
     def __enter__(self) -> Self:
+        self._new = not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -148,22 +153,28 @@ class Lock:
         except BaseException:
             os.close(fd)
             raise
+        if not os.fstat(fd).st_nlink:  # a failed run took it away just now
+            os.close(fd)
+            return self.__enter__()
         self._fd = fd
         try:
             os.ftruncate(fd, 0)
             os.write(fd, b"%d\n" % os.getpid())
             for left_over in self.folder.rglob(f".*{TEMPORARY}"):
-                left_over.unlink(missing_ok=True)
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink(missing_ok=True)
         except BaseException:
             self._free()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._new and [p.name for p in self.folder.iterdir()] == [".lock"]:
+            (self.folder / ".lock").unlink()
+            self.folder.rmdir()
         self._free()
 
     def _free(self) -> None:
-        # The file stays: removing it would let a third run lock a new file while a second waits on the old one.
+        # Else the file stays: there is nothing to gain from removing it, and whoever has it open would have to notice.
         if self._fd is not None:
             with contextlib.suppress(OSError):  # an emptied file only spares a later reader a stale number
                 os.ftruncate(self._fd, 0)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascaline import progress, run
+from pascaline import progress, runs
 from pascaline.errors import BadInput
 from pascaline.progress import Progress
 from pascaline.runs import Interrupt, Lock, Metrics
@@ -29,8 +29,8 @@ def names(folder: Path) -> set[str]:
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "a.txt"
-    run.write_atomic(target, "alt")
-    run.write_atomic(target, "né\n")
+    runs.write_atomic(target, "alt")
+    runs.write_atomic(target, "né\n")
     assert target.read_bytes() == "né\n".encode()
     assert names(target.parent) == {"a.txt"}
     umask = os.umask(0)
@@ -40,22 +40,22 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    run.write_json(tmp_path / "a.json", {"x": 1})
+    runs.write_json(tmp_path / "a.json", {"x": 1})
 
     def full(fd: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", full)
     for write in (
-        lambda: run.write_json(tmp_path / "a.json", {"x": 2}),
-        lambda: run.complete(tmp_path),
-        lambda: run.lineage(tmp_path),
+        lambda: runs.write_json(tmp_path / "a.json", {"x": 2}),
+        lambda: runs.complete(tmp_path),
+        lambda: runs.lineage(tmp_path),
     ):
         with pytest.raises(OSError) as caught:
             write()
-        assert run.disk_full(caught.value)
+        assert runs.disk_full(caught.value)
     assert names(tmp_path) == {"a.json"}
-    assert run.read_json(tmp_path / "a.json") == {"x": 1}
+    assert runs.read_json(tmp_path / "a.json") == {"x": 1}
 
 
 LIMITED = """
@@ -64,10 +64,10 @@ from pascaline import runs
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (110, 110))
 try:
-    run.write_atomic(sys.argv[1] + "/big", b"x" * 1000)
+    runs.write_atomic(sys.argv[1] + "/big", b"x" * 1000)
 except OSError as error:
     print(error.errno)
-rows = run.Metrics(sys.argv[1] + "/m.jsonl")
+rows = runs.Metrics(sys.argv[1] + "/m.jsonl")
 try:
     for step in range(100):
         rows.append({"step": step, "loss": 0.5})
@@ -95,21 +95,21 @@ def test_json_form(tmp_path: Path) -> None:
         "t": (True, None),
         3: np.int64(4),
     }
-    run.write_json(tmp_path / "a.json", facts)
+    runs.write_json(tmp_path / "a.json", facts)
     text = (tmp_path / "a.json").read_text()
     assert text.startswith('{\n "z": null') and text.endswith("}\n")
     assert json.loads(text) == {"z": None, "a": [None, [0, 1]], "p": "x/y", "t": [True, None], "3": 4}
     with pytest.raises(TypeError):
-        run.write_json(tmp_path / "b.json", {"x": object()})
+        runs.write_json(tmp_path / "b.json", {"x": object()})
     assert names(tmp_path) == {"a.json"}
 
 
 def test_done(tmp_path: Path) -> None:
-    assert not run.is_complete(tmp_path) and not run.is_complete(tmp_path / "absent")
-    run.complete(tmp_path, {"steps": 3})
-    assert run.is_complete(tmp_path) and run.read_json(tmp_path / "done.json") == {"steps": 3}
+    assert not runs.is_complete(tmp_path) and not runs.is_complete(tmp_path / "absent")
+    runs.complete(tmp_path, {"steps": 3})
+    assert runs.is_complete(tmp_path) and runs.read_json(tmp_path / "done.json") == {"steps": 3}
     (tmp_path / "done.json").write_text('{"ste')
-    assert not run.is_complete(tmp_path)
+    assert not runs.is_complete(tmp_path)
 
 
 # ---- lock
@@ -126,7 +126,7 @@ def test_second_run_is_told_who_holds_the_folder(tmp_path: Path) -> None:
             pass
         other.kill()
         other.wait()
-    left_over = folder / "03-pretrain" / f".model.1-a{run.TEMPORARY}"
+    left_over = folder / "03-pretrain" / f".model.1-a{runs.TEMPORARY}"
     left_over.parent.mkdir()
     left_over.write_text("torn")
     (folder / ".user.tmp").write_text("not ours")
@@ -188,7 +188,7 @@ def test_broken_middle_line_is_named(tmp_path: Path) -> None:
 
 
 def test_lineage(tmp_path: Path) -> None:
-    told = run.lineage(
+    told = runs.lineage(
         tmp_path / "02",
         parents=[tmp_path / "01", "org/model"],
         seed=7,
@@ -198,7 +198,7 @@ def test_lineage(tmp_path: Path) -> None:
         price=3.0,
         tokens=5,
     )
-    assert run.read_json(tmp_path / "02" / "lineage.json") == told
+    assert runs.read_json(tmp_path / "02" / "lineage.json") == told
     assert told["parents"] == ["../01", "org/model"]
     assert (told["device_hours"], told["money"], told["tokens"]) == (2.0, 6.0, 5)
     assert told["machine"]["cores"] >= 1 and told["machine"]["cpu"] and told["machine"]["memory_gib"] > 0
@@ -219,21 +219,21 @@ def test_commit_is_this_source_tree_or_none(tmp_path: Path, monkeypatch: pytest.
             ["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True, text=True
         ).stdout
 
-    source = tmp_path / "run.py"
+    source = tmp_path / "runs.py"
     source.write_text("1")
-    monkeypatch.setattr(run, "__file__", str(source))
+    monkeypatch.setattr(runs, "__file__", str(source))
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     with monkeypatch.context() as clean:
         clean.delenv("GIT_DIR")
         git("init", "-q")
         git("commit", "-q", "--allow-empty", "-m", "x")
-        assert run.git_commit() is None  # in a repository that does not track it: some user's, not ours
-        git("add", "run.py")
+        assert runs.git_commit() is None  # in a repository that does not track it: some user's, not ours
+        git("add", "runs.py")
         git("commit", "-q", "-m", "y")
         head = git("rev-parse", "HEAD").strip()
-    assert run.git_commit() == head
+    assert runs.git_commit() == head
     source.write_text("2")
-    assert run.git_commit() == head + "-dirty"
+    assert runs.git_commit() == head + "-dirty"
 
 
 def test_light_imports() -> None:

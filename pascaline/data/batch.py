@@ -84,6 +84,7 @@ def collate(rows: Sequence[Sequence[Sample]], row: int, pad: int) -> Batch:
             documents[b, span] = d
             for name, stream in sample.streams.items():
                 streams[name][b, span] = stream
+                streams[name][b, span.start] = 0.0  # nothing stands before it in its document
     numpy_streams = {name: torch.from_numpy(s) for name, s in streams.items()}
     return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(documents), numpy_streams)
 

@@ -1,7 +1,7 @@
 """Batches by number: step i of a seed is always the same rows, so a resumed run needs no loader state but the step."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -67,6 +67,7 @@ class Loader:
         self.facts: dict[str, float] = {}
         self.samples, self.row, self.rows, self.micro, self.pad, self.seed = samples, row, rows, micro, pad, seed
         self.epoch_rows = lru_cache(maxsize=2)(self._epoch_rows)
+        self.epoch_size = cache(lambda epoch: len(self.epoch_rows(epoch)))  # a number an epoch: finding a row packs none again
 
     def _epoch_rows(self, epoch: int) -> list[np.ndarray]:
         random = np.random.default_rng([self.seed, epoch])
@@ -79,8 +80,8 @@ class Loader:
 
     def _row(self, index: int) -> list[Sample]:
         epoch = 0
-        while index >= len(self.epoch_rows(epoch)):
-            index -= len(self.epoch_rows(epoch))
+        while index >= self.epoch_size(epoch):
+            index -= self.epoch_size(epoch)
             epoch += 1
         return [self.samples.get(int(i)) for i in self.epoch_rows(epoch)[index]]
 

@@ -62,6 +62,8 @@ class Engine:
         if not isinstance(model, Model):
             tokenizer = tokenizer or Tokenizer.load(model)
             model = hf.load(model, dtype, choose(device))
+        if max_rows < 1:
+            raise BadInput(f"max_rows = {max_rows}: an engine needs at least one row.")
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []  # row i of the cache belongs to rows[i]
@@ -97,10 +99,11 @@ class Engine:
 
     def requests(self, prompt: Prompt, sampling: Sampling, index: int) -> list[Request]:
         """The n requests of a prompt, each with a seed of its own from (sampling.seed, index of the prompt, 0..n-1)."""
-        ids = self._ids(prompt)
-        room = self.model.config.max_position_embeddings - len(ids)
-        if not ids or room < 1:
-            raise BadInput(f"a prompt of {len(ids)} tokens does not fit a context of {self.model.config.max_position_embeddings}.")
+        ids, c = self._ids(prompt), self.model.config
+        if not 0 < len(ids) < c.max_position_embeddings:
+            raise BadInput(f"a prompt of {len(ids)} tokens does not fit: it needs 1 to {c.max_position_embeddings - 1}, the context less one.")
+        if not 0 <= min(ids) <= max(ids) < c.vocab_size:
+            raise BadInput(f"a prompt holds token ids from {min(ids)} to {max(ids)}, but the model's vocabulary has {c.vocab_size}.")
         key = mix(mix(np.array([sampling.seed], np.uint64)) + np.uint64(index))
         seeds = mix(key + np.arange(sampling.n, dtype=np.uint64)) >> np.uint64(1)
         return [Request(ids, sampling, int(seed)) for seed in seeds]
@@ -121,7 +124,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Admit waiting prompts or decode one token for every running row; False when nothing is left."""
-        if self.waiting and len(self.rows) < self.max_rows:
+        if self.waiting and (not self.rows or len(self.rows) < len(self.produced)):
             self._admit()
         elif self.rows:
             self._decode()

@@ -32,6 +32,7 @@ class Sampling:
             ("top_p", self.top_p, 0 < self.top_p <= 1),
             ("max_tokens", self.max_tokens, self.max_tokens >= 1),
             ("n", self.n, self.n >= 1),
+            ("seed", self.seed, 0 <= self.seed < 2**64),
         ):
             if not good:
                 raise BadInput(f"sampling: {name} = {value} is out of range.")
@@ -61,7 +62,8 @@ def sample(logits_nV: Tensor, temperature_n: Tensor, top_p_n: Tensor, uniform_n:
         token_n = log_p.argmax(-1)
     else:
         heat = torch.where(greedy_n, 1.0, temperature_n).unsqueeze(1)
-        p_nV = log_p.exp() if bool((heat == 1).all()) else (log_p / heat).softmax(-1)
+        # The best token's exponent is 0 before the division: a tiny temperature must not push all of them to -inf.
+        p_nV = log_p.exp() if bool((heat == 1).all()) else ((log_p - log_p.amax(-1, keepdim=True)) / heat).softmax(-1)
         token_n = _invert(p_nV, uniform_n)
         if bool((top_p_n < 1).any()):
             token_n = torch.where(top_p_n < 1, _top_p(p_nV, top_p_n, uniform_n), token_n)

@@ -43,9 +43,13 @@ class Result:
         }  # fmt: skip
 
     def votes(self, counts: Sequence[int]) -> tuple[list[float], list[float]]:
-        """Accuracy of the majority vote, and of best-of-k with the puzzle's own verifier as the judge (which is pass@k), for each k."""
+        """Accuracy of the majority vote, and of best-of-k with the puzzle's own verifier as the judge (which is pass@k), for each k.
+        Who gives up, is cut off or says nothing has no vote."""
         answers = [
-            [o.text.strip() if v is not Verdict.ABSTAIN and o.finish_reason == "stop" else None for o, v in zip(outs, row, strict=True)]
+            [
+                (o.text.strip() or None) if v is not Verdict.ABSTAIN and o.finish_reason == "stop" else None
+                for o, v in zip(outs, row, strict=True)
+            ]
             for outs, row in zip(self.outputs, self.verdicts, strict=True)
         ]
         right = self.right

@@ -98,7 +98,8 @@ class LatentAttention(nn.Module):
         w_HMR = self.kv_b_proj.weight.view(H, N + c.v_head_dim, c.kv_lora_rank)
         q_lat = torch.matmul(q_nope.reshape(B * T, H, N).transpose(0, 1), w_HMR[:, :N])  # [H, B*T, R]
         q = torch.cat((q_lat.transpose(0, 1).reshape(B, T, H, -1), q_rope), -1).view(B, T * H, -1)
-        scores = torch.matmul(q * c.attention_scale, entries_BSC.transpose(1, 2)).view(B, T, H, -1)
+        # entries @ q^T and a copy: on the CPU almost twice as fast as q @ entries^T, which has few rows a batch.
+        scores = torch.matmul(entries_BSC, (q * c.attention_scale).transpose(1, 2)).transpose(1, 2).reshape(B, T, H, -1)
         weights = (scores + mask_BTS.unsqueeze(2)).softmax(-1)
         mixed = torch.matmul(weights.view(B, T * H, -1), entries_BSC[..., : c.kv_lora_rank])  # [B, T*H, R]
         out = torch.matmul(mixed.view(B * T, H, -1).transpose(0, 1), w_HMR[:, N:].transpose(1, 2))  # [H, B*T, V]

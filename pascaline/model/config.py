@@ -196,7 +196,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nano": dict(
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384, moe_intermediate_size=128,
         n_routed_experts=8, num_experts_per_tok=2, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-        vocab_size=1024, tie_word_embeddings=True,
+        vocab_size=1024, tie_word_embeddings=True, initializer_range=0.05,
     ),
     "mini": dict(
         hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768, moe_intermediate_size=192,

@@ -75,9 +75,9 @@ class Experts(nn.Module):
         n = len(x_nD)
         if x_nD.device.type != "cpu":
             return self.by_grouped_mm(x_nD, weight_nK, index_nK, load_E)
-        if n <= 2:
+        if n == 1:
             return self.by_token(x_nD, weight_nK, index_nK)
-        if not torch.is_grad_enabled() and n * len(load_E) <= 8192:
+        if not torch.is_grad_enabled() and n * len(load_E) <= 256:
             return self.by_all(x_nD, weight_nK, index_nK)
         return self.by_padding(x_nD, weight_nK, index_nK, load_E)
 
@@ -111,14 +111,14 @@ class Experts(nn.Module):
         return (_Collect.apply(y, source, slot).view(n, K, -1) * weight_nK.unsqueeze(-1).to(y.dtype)).sum(1)
 
     def by_all(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
-        """Every expert on every token: more arithmetic, but two matmuls and no sorting; wins for a decode batch."""
+        """Every expert on every token: more arithmetic, but two matmuls and no sorting; wins for a handful of tokens."""
         weight_nE = x_nD.new_zeros(len(x_nD), len(self.gate_up_proj)).scatter_(1, index_nK, weight_nK.to(x_nD.dtype))
         gate, up = torch.matmul(x_nD, self.gate_up_proj.transpose(1, 2)).chunk(2, -1)
         hidden = F.silu(gate).mul_(up).mul_(weight_nE.t().unsqueeze(-1))
         return torch.bmm(hidden, self.down_proj.transpose(1, 2)).sum(0)
 
     def by_token(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
-        """Only the chosen experts, one at a time: touches the least memory, for one or two tokens."""
+        """Only the chosen experts, one at a time: touches the least memory, for a single token."""
         out = []
         for token, (row, experts) in enumerate(zip(x_nD.split(1), index_nK.tolist(), strict=True)):
             hidden = [F.linear(row, self.gate_up_proj[e]).chunk(2, -1) for e in experts]

@@ -5,11 +5,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pascaline.device import best_dtype, choose
 from pascaline.errors import BadInput, nearest
-from pascaline.recipe import Recipe, differences, load, to_toml
-from pascaline.runs import Lock, complete, is_complete, read_json, write_atomic, write_json
+from pascaline.post.check import check
+from pascaline.recipe import STAGES, Recipe, differences, load, to_toml
+from pascaline.runs import TEMPORARY, Lock, complete, is_complete, read_json, write_atomic, write_json
 
 RESOLVED_LATER = ("device", "dtype")  # "auto" in a recipe; a run keeps what it was resolved to
+SHOWN = 8  # keys named when two recipes differ
 
 
 def run(
@@ -26,12 +29,18 @@ def run(
     BadInput for a mistake in the recipe or a folder of another recipe; Stopped on Ctrl-C, after saving.
     """
     parsed, out = load(recipe, overrides), Path(out)
+    if stage is not None and stage not in STAGES:
+        raise BadInput(f"there is no stage '{stage}', only {', '.join(STAGES)}{nearest(stage, STAGES) or '.'}")
+    _refuse_foreign(out)
+    if fresh or not _begun(out):
+        check(parsed)
     with Lock(out):
         if fresh:
+            choose(parsed.device)  # what cannot work is said before anything is moved
             _set_aside(out)
         parsed = _settle(parsed, out)
-        if is_complete(out):
-            return read_json(out / "report.json") or {}
+        if finished(out) and (report := read_json(out / "report.json")):
+            return report
         return _run(parsed, out, stage, quiet)
 
 
@@ -41,21 +50,17 @@ def finished(out: str | Path) -> bool:
 
 def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str, Any]:
     # torch and the rooms above it load only when there is work to do.
-    from pascaline.device import best_dtype, choose
-    from pascaline.post import evaluation, stages
-
-    if until is not None and until not in stages.NAMES:
-        raise BadInput(f"there is no stage '{until}'{nearest(until, stages.NAMES)}; there are {', '.join(stages.NAMES)}.")
-    stages.check(recipe)
     import torch
+
+    from pascaline.post import evaluation, stages
 
     device = choose(recipe.device)
     dtype = best_dtype(device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     recipe = recipe.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     current = stages.Run(recipe, out, device, dtype, quiet)
     _write_recipe(recipe, out)
-    work = {**{name: getattr(stages, name) for name in stages.NAMES[:-1]}, "eval": evaluation.evaluate}
-    for name in stages.NAMES:
+    work = {**{name: getattr(stages, name) for name in STAGES[:-1]}, "eval": evaluation.evaluate}
+    for name in STAGES:
         if not is_complete(current.folder(name)):
             current.folder(name).mkdir(parents=True, exist_ok=True)
             began = time.perf_counter()
@@ -63,7 +68,7 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
             summary.setdefault("seconds", time.perf_counter() - began)
             stages.record(current, name, summary)
             complete(current.folder(name), summary)
-        if name == until:
+        if name == until != STAGES[-1]:
             return {}
     return _finish(current)
 
@@ -71,48 +76,63 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
 def _finish(current: Any) -> dict[str, Any]:
     """OUT/model, OUT/report.json and OUT/report.html from the stages' folders."""
     from pascaline.eval.report import report_html
-    from pascaline.post import evaluation, stages
+    from pascaline.post import evaluation
     from pascaline.runs import Metrics
 
     out: Path = current.out
-    temporary = out / ".model.pascaline-tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(current.folder("rl") / "model", temporary)
-    shutil.rmtree(out / "model", ignore_errors=True)
-    temporary.rename(out / "model")
+    temporary = out / f".model{TEMPORARY}"
+    try:
+        shutil.copytree(current.folder("rl") / "model", temporary)
+        shutil.rmtree(out / "model", ignore_errors=True)
+        temporary.rename(out / "model")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     report = evaluation.report(current)
-    curves = {name: Metrics.read(current.folder(name) / "metrics.jsonl") for name in stages.NAMES}
+    curves = {name: Metrics.read(current.folder(name) / "metrics.jsonl") for name in STAGES}
     write_json(out / "report.json", report)
     write_atomic(out / "report.html", report_html(report, curves))
     complete(out)
     return report
 
 
+def _refuse_foreign(out: Path) -> None:
+    """A folder with something else in it is left alone, not even a lock is put there."""
+    inside = [p.name for p in out.iterdir()] if out.is_dir() else []
+    if "recipe.json" not in inside and any(name != ".lock" and not name.endswith(TEMPORARY) for name in inside):
+        raise BadInput(f"{out} is not empty and not a run of this program; choose another folder.")
+
+
+def _begun(out: Path) -> bool:
+    """Whether a stage is done, that is, whether there is anything that another recipe would spoil."""
+    return out.is_dir() and any(is_complete(p) for p in out.iterdir())
+
+
 def _settle(recipe: Recipe, out: Path) -> Recipe:
-    """The recipe to go on with: the folder's own where it has one, which must be the same up to what was resolved."""
+    """The recipe to go on with: the folder's own where a stage of it is done, which must be the same up to what was resolved."""
     stored = read_json(out / "recipe.json")
-    if stored is None:
-        if any(p.name != ".lock" for p in out.iterdir()):
-            raise BadInput(f"{out} is not empty and not a run of this program; choose another folder.")
+    if stored is None or not _begun(out):
         return recipe
     asked = recipe.model_dump(mode="json")
     for key in RESOLVED_LATER:
         if asked[key] == "auto":
-            asked[key] = stored[key]
+            asked[key] = stored.get(key)
     different = differences(stored, asked)
     if different:
-        raise BadInput(f"{out} holds a run of another recipe: {', '.join(different)} differ; choose another folder, or --fresh to start over.")
+        keys = ", ".join(different[:SHOWN]) + (f" and {len(different) - SHOWN} more" if different[SHOWN:] else "")
+        raise BadInput(f"{out} holds a run of another recipe (different: {keys}); choose another folder, or --fresh to start over.")
     return Recipe.model_validate(stored)
 
 
 def _write_recipe(recipe: Recipe, out: Path) -> None:
+    write_json(out / "recipe.json", recipe.model_dump(mode="json"))  # the first file of a run: by it a run is known
     write_atomic(out / "recipe.toml", to_toml(recipe))
-    write_json(out / "recipe.json", recipe.model_dump(mode="json"))
 
 
 def _set_aside(out: Path) -> None:
-    """Move everything in `out` to the first free OUT.old-N."""
-    inside = [p for p in out.iterdir() if p.name != ".lock"]
+    """Move everything in `out` to the first free OUT.old-N; recipe.json last, so that a half-moved run is still known as one."""
+    out = out.resolve()  # "." has no name
+    inside = sorted((p for p in out.iterdir() if p.name != ".lock"), key=lambda p: p.name == "recipe.json")
     if inside:
         number = 1
         while (old := out.with_name(f"{out.name}.old-{number}")).exists():

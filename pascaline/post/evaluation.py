@@ -9,8 +9,9 @@ from pascaline.data.puzzles import Problem, Verdict
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.eval import passk, tasks
 from pascaline.model import hf
-from pascaline.post.stages import NAMES, PLAIN_ANSWER, Run
+from pascaline.post.stages import PLAIN_ANSWER, Run
 from pascaline.post.verifiers import verdict
+from pascaline.recipe import STAGES
 from pascaline.runs import Interrupt, machine, read_json, versions, write_json
 from pascaline.train.loop import Stopped, active_parameters
 
@@ -104,7 +105,7 @@ def report(run: Run) -> dict[str, Any]:
     measured = {"pretrain": parts["pretrain-plain"], "sft": parts[f"sft-{main}"], "rl": parts[f"rl-{main}"]}
     keys = ("accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens")
     rows = []
-    for name in NAMES:
+    for name in STAGES:
         summary = read_json(run.folder(name) / "done.json") or {}
         facts = measured.get(name, {})
         rows.append({"name": name, **{k: facts.get(k) for k in keys}, "seconds": summary.get("seconds"), "flops": summary.get("flops", 0.0)})

@@ -54,8 +54,8 @@ class Rollouts:
             if not skip
             for o, a in zip(group, row, strict=True)
         ]
-        rows = max(self.rl.micro_tokens // self.rl.sequence_length, 1)
-        return batches(samples, self.rl.sequence_length, rows, self.engine.tokenizer.pad)
+        row = max([self.rl.sequence_length, *(len(s.tokens) for s in samples)])
+        return batches(samples, row, max(self.rl.micro_tokens // row, 1), self.engine.tokenizer.pad)
 
 
 def rl_sample(prompt: list[int], output: Output, advantage: float) -> Sample:

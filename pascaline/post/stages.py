@@ -17,18 +17,17 @@ from pascaline.data.sources import documents
 from pascaline.engine import Engine
 from pascaline.errors import BadInput
 from pascaline.model import hf
-from pascaline.model.config import ModelConfig, from_recipe
 from pascaline.model.transformer import Model
+from pascaline.post.check import model_config
 from pascaline.post.rollout import Rollouts
 from pascaline.post.sft import puzzle_samples
 from pascaline.progress import Progress
-from pascaline.recipe import Recipe, Stage
+from pascaline.recipe import STAGES, Pretrain, Recipe, Sft, Stage
 from pascaline.runs import Interrupt, atomic_path, lineage, write_atomic
 from pascaline.tokenizer import Tokenizer
 from pascaline.train.loop import Stopped, Trainer
 from pascaline.train.losses import Loss
 
-NAMES = ("corpus", "tokenizer", "pretrain", "sft", "rl", "eval")
 TOKENIZER_BYTES = 8_000_000  # of text to learn merges from; more changes little
 BATCH = 1000  # documents encoded at once
 
@@ -44,45 +43,13 @@ class Run:
     quiet: bool = False
 
     def folder(self, stage: str) -> Path:
-        return self.out / f"{NAMES.index(stage) + 1:02d}-{stage}"
+        return self.out / f"{STAGES.index(stage) + 1:02d}-{stage}"
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder("tokenizer"))
 
     def progress(self, stage: str, total: int | None, unit: str) -> Progress:
         return Progress(stage, total, unit, enabled=not self.quiet)
-
-
-def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    """The recipe's model over a vocabulary; impossible shapes and unknown names are BadInput."""
-    if "vocab_size" in recipe.model:
-        raise BadInput("model.vocab_size follows from the tokenizer; set tokenizer.vocab_size instead.")
-    return from_recipe({**recipe.model, "vocab_size": vocab_size})
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse what cannot work before anything starts (BadInput)."""
-    config = model_config(recipe, recipe.tokenizer.vocab_size)
-    if recipe.tokenizer.vocab_size < 256 + len(tokenizers.SPECIALS):
-        raise BadInput(f"tokenizer.vocab_size = {recipe.tokenizer.vocab_size} is smaller than the byte alphabet and the special tokens; "
-                       f"take at least {256 + len(tokenizers.SPECIALS)}.")  # fmt: skip
-    for name in ("pretrain", "sft", "rl"):
-        stage: Stage = getattr(recipe, name)
-        if stage.sequence_length > config.max_position_embeddings:
-            raise BadInput(f"{name}.sequence_length = {stage.sequence_length} is more than the model's {config.max_position_embeddings} positions.")
-    for name, table in recipe.puzzles.items():
-        problem = puzzles.problems(name, 1, 0, held_out=False, **table.dials)[0]
-        try:
-            puzzles.get(name).trace(problem, random.Random(0), **table.quality)
-        except TypeError as e:
-            raise BadInput(f"puzzles.{name}.quality: {e}.") from None
-    for where, names in (("rl.puzzles", recipe.rl.puzzles), ("eval.puzzles", recipe.eval.puzzles)):
-        if not names or set(names) - set(recipe.puzzles):
-            raise BadInput(f"{where} = {names} must name puzzles of the recipe ({', '.join(recipe.puzzles) or 'it has none'}).")
-    if not any(t.traces for t in recipe.puzzles.values()) and not recipe.corpus.sources:
-        raise BadInput("the corpus would be empty: name corpus.sources or give a puzzle some traces.")
-    if not any(t.examples for t in recipe.puzzles.values()):
-        raise BadInput("sft has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
 
 
 def corpus(run: Run) -> dict[str, Any]:
@@ -171,6 +138,7 @@ def tokenizer(run: Run) -> dict[str, Any]:
                     raise Stopped("stopped while encoding the corpus")
         flush()
         tokens = writer.tokens
+        progress.update(written + len(batch), tokens=tokens)
     return {"vocab_size": trained.vocab_size, "tokens": tokens}
 
 
@@ -178,8 +146,9 @@ def pretrain(run: Run) -> dict[str, Any]:
     """Next-token prediction on the packed corpus, from random weights."""
     stage, own = run.recipe.pretrain, run.tokenizer()
     model = Model(model_config(run.recipe, own.vocab_size)).init_(run.recipe.seed).to(run.device)
-    samples = CorpusSamples(Corpus(run.folder("tokenizer") / "shards"), stage.sequence_length)
-    return _train(run, "pretrain", model, _loader(run, "pretrain", samples, stage.tokens_per_step), -(-stage.tokens // stage.tokens_per_step))
+    row = stage.sequence_length
+    samples = CorpusSamples(Corpus(run.folder("tokenizer") / "shards"), row)
+    return _train(run, "pretrain", model, _loader(run, stage, samples, row), -(-stage.tokens // stage.tokens_per_step))
 
 
 def sft(run: Run) -> dict[str, Any]:
@@ -187,8 +156,11 @@ def sft(run: Run) -> dict[str, Any]:
     stage = run.recipe.sft
     samples = ListSamples(puzzle_samples(run.recipe.puzzles, run.tokenizer(), run.recipe.seed))
     model = hf.load(run.folder("pretrain") / "model", device=run.device)
+    longest, room = int(samples.lengths.max()), model.config.max_position_embeddings
+    if longest > room:
+        raise BadInput(f"the longest chat has {longest} tokens, the model only {room} positions; raise model.max_position_embeddings.")
     steps = max(round(stage.epochs * int(samples.lengths.sum()) / stage.tokens_per_step), 1)
-    return _train(run, "sft", model, _loader(run, "sft", samples, stage.tokens_per_step), steps)
+    return _train(run, "sft", model, _loader(run, stage, samples, max(stage.sequence_length, longest)), steps)
 
 
 def rl(run: Run) -> dict[str, Any]:
@@ -200,11 +172,10 @@ def rl(run: Run) -> dict[str, Any]:
     return _train(run, "rl", model, rollouts, stage.steps)
 
 
-def _loader(run: Run, name: str, samples: Samples, tokens_per_step: int) -> Loader:
-    stage: Stage = getattr(run.recipe, name)
-    rows = max(tokens_per_step // stage.sequence_length, 1)
-    micro = max(stage.micro_tokens // stage.sequence_length, 1)
-    return Loader(samples, stage.sequence_length, rows, min(micro, rows), run.tokenizer().pad, run.recipe.seed)
+def _loader(run: Run, stage: Pretrain | Sft, samples: Samples, row: int) -> Loader:
+    rows = max(stage.tokens_per_step // row, 1)
+    micro = max(stage.micro_tokens // row, 1)
+    return Loader(samples, row, rows, min(micro, rows), run.tokenizer().pad, run.recipe.seed)
 
 
 def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[str, Any]:
@@ -220,7 +191,7 @@ def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[s
 
 def record(run: Run, name: str, summary: dict[str, Any]) -> None:
     """lineage.json of a finished stage."""
-    before = NAMES[: NAMES.index(name)]
+    before = STAGES[: STAGES.index(name)]
     parents = [run.folder(before[-1])] if before else []
     lineage(run.folder(name), parents=parents, seed=run.recipe.seed, seconds=summary.get("seconds"), flops=summary.get("flops"),
             accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype), stage=name)  # fmt: skip

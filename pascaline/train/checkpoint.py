@@ -56,8 +56,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a checkpoint; restores the global RNG. A damaged one is BadInput."""
     try:
         tensors = load_file(path / "tensors.safetensors")
-        facts = json.loads((path / "state.json").read_text())
-    except (SafetensorError, OSError, json.JSONDecodeError) as e:
+        facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        int(facts["step"])
+        torch.set_rng_state(tensors.pop("rng"))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
         raise BadInput(f"the checkpoint {path} is damaged ({e}); delete it, or start over with --fresh.") from None
-    torch.set_rng_state(tensors.pop("rng"))
     return tensors, facts

@@ -77,7 +77,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_mD: Tensor, weight_VD: Tensor, target_m: Tensor):  # type: ignore[no-untyped-def]
         logprobs, entropies = [], []
-        for part in range(0, len(hidden_mD), CHUNK):
+        for part in range(0, max(len(hidden_mD), 1), CHUNK):  # also a micro-batch of which no token counts
             log_p = F.linear(hidden_mD[part : part + CHUNK], weight_VD).float().log_softmax(-1)
             logprobs.append(log_p.gather(1, target_m[part : part + CHUNK, None]).squeeze(1))
             entropies.append(-(log_p.exp() * log_p).sum(-1))

@@ -37,15 +37,19 @@ class Muon:
     def step(self, lr: float) -> None:
         beta = self.optim.momentum
         for (rows, columns), names in self.by_shape.items():
-            updates = []
+            updates, used = [], []
             for name in names:
                 gradient, momentum = self.masters[name].grad, self.momentum[name]
-                assert gradient is not None
+                if gradient is None:  # MTP modules while their loss is off
+                    continue
                 momentum.lerp_(gradient, 1 - beta)
                 updates.append(_matrices(name, gradient.lerp(momentum, beta)))
+                used.append(name)
+            if not used:
+                continue
             update = orthogonalise(torch.cat(updates).to(self.dtype)).float().split([len(u) for u in updates])
             scale = 0.2 * max(rows, columns) ** 0.5
-            for name, part in zip(names, update, strict=True):
+            for name, part in zip(used, update, strict=True):
                 master = self.masters[name]
                 master.mul_(1 - lr * self.optim.weight_decay).add_(part.reshape(master.shape), alpha=-lr * scale)
 

@@ -2,7 +2,8 @@
 
 Generator, trace writer, oracle and verifier in one file. Candidate lines keep every intermediate a positive whole
 number of at most 99, so that a small model reads and writes two digits; the verifier does not ask for that.
-Traces restate the target before they judge: without it tiny models never learn to compare.
+A trace tries one expression a line, works it out, restates the target and says how far off it is before it judges: a tiny model
+learns to subtract long before it learns to compare two numbers by itself.
 """
 
 from __future__ import annotations
@@ -60,21 +61,20 @@ def trace(
     plant = rng.random() < planted and _reach(numbers) >> target & 1
     written: list[str] = []
     seen: set[tuple[Step, ...]] = set()
-    steps: list[Step] = []
+    forms: list[str] = []
     for number in range(1, count + 1):
         found = _walk(numbers, rng, target) if plant and number == count else _unseen(numbers, rng, seen)
         if found is None:
             break
         steps = _shown(found, rng)
         result = steps[-1][3] if not slip or rng.random() >= slip else _misread(steps[-1][3], rng)
-        line = ",".join([f"{x:02}{op}{y:02}={value:02}" for x, op, y, value in steps[:-1]])
-        x, op, y, _ = steps[-1]
-        written.append(f"{line},{x:02}{op}{y:02}={result:02},{target:02}?")
+        forms = _rewritings(steps, numbers)
+        written.append(f"{'='.join(forms)}={result:02},{target:02}:{abs(result - target):02} ")
         if result == target:
-            return Trace("no\n".join(written) + "yes", _expression(steps, numbers))
+            return Trace("no\n".join(written) + "yes", forms[0])
     thought = "no\n".join(written)
     if rng.random() < false_claim:
-        return Trace(thought + "yes", _expression(steps, numbers))
+        return Trace(thought + "yes", forms[0])
     return Trace(thought + "no", "none")
 
 
@@ -83,7 +83,7 @@ def solve(problem: Problem) -> str | None:
     numbers, target = tuple(sorted(problem.data["numbers"])), problem.data["target"]
     if not 1 <= target <= CEILING or not _reach(numbers) >> target & 1:
         return None
-    return _expression(_walk(numbers, None, target), numbers)
+    return _rewritings(_walk(numbers, None, target), numbers)[0]
 
 
 def verify(problem: Problem, answer: str) -> Verdict:
@@ -169,15 +169,25 @@ def _misread(value: int, rng: random.Random) -> int:
     return near[int(rng.random() * len(near))]
 
 
-def _expression(steps: list[Step], numbers: Numbers) -> str:
-    """The steps as one expression, every step but the last in brackets: 6/6=1, 13-1=12 gives 13-(6/6)."""
-    pool = [(number, str(number)) for number in numbers]
+def _rewritings(steps: list[Step], numbers: Numbers) -> list[str]:
+    """The steps as one expression, then the same with one step after the other worked out, but for the last.
 
-    def take(value: int) -> str:
+    13-1=12, 12*2=24 gives ["(13-1)*2", "12*02"]. Worked-out forms write two digits, so that results always stand in the same places.
+    """
+    pool: list[tuple[int, Any]] = [(number, None) for number in numbers]
+
+    def take(value: int) -> tuple[int, Any]:
         index = max(i for i, (have, _) in enumerate(pool) if have == value)  # the newest: a result before a number
-        return pool.pop(index)[1]
+        return pool.pop(index)
 
-    for x, op, y, value in steps:
+    for order, (x, op, y, value) in enumerate(steps):
         left, right = take(x), take(y)
-        pool.append((value, f"({left}{op}{right})"))
-    return pool[0][1][1:-1]
+        pool.append((value, (order, left, op, right)))
+
+    def write(node: tuple[int, Any], done: int) -> str:
+        value, step = node
+        if step is None or step[0] < done:
+            return f"{value:02}" if done else str(value)
+        return f"({write(step[1], done)}{step[2]}{write(step[3], done)})"
+
+    return [write(pool[0], done)[1:-1] for done in range(len(steps))]

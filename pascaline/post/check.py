@@ -1,0 +1,73 @@
+"""What a recipe asks for that cannot work, said before anything starts. Imports no torch, so that it is said at once."""
+
+import inspect
+import random
+from typing import Any
+
+from pascaline.data import puzzles
+from pascaline.data.sources import documents
+from pascaline.errors import BadInput, nearest
+from pascaline.model.config import ModelConfig, from_recipe
+from pascaline.recipe import Recipe
+from pascaline.tokenizer import BYTES, SPECIALS
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse impossible shapes, unknown names, and a chain that would find nothing to learn from or to be asked (BadInput)."""
+    least = BYTES + len(SPECIALS)
+    if recipe.tokenizer.vocab_size < least:
+        raise BadInput(f"tokenizer.vocab_size = {recipe.tokenizer.vocab_size} is smaller than the byte alphabet and the special tokens; "
+                       f"take at least {least}.")  # fmt: skip
+    config = model_config(recipe, recipe.tokenizer.vocab_size)
+    for name in ("pretrain", "sft", "rl"):
+        length = getattr(recipe, name).sequence_length
+        if length > config.max_position_embeddings:
+            raise BadInput(f"{name}.sequence_length = {length} is more than the model's {config.max_position_embeddings} positions.")
+    _check_puzzles(recipe)
+    if recipe.corpus.sources and recipe.corpus.max_bytes:
+        next(documents(recipe.corpus.sources, recipe.corpus.max_bytes, lambda _: None), None)  # says what is missing or empty
+    elif not any(t.traces for t in recipe.puzzles.values()):
+        raise BadInput("the corpus would be empty: name corpus.sources or give a puzzle some traces.")
+
+
+def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    """The recipe's model over a vocabulary; impossible shapes and unknown names are BadInput."""
+    if "vocab_size" in recipe.model:
+        raise BadInput("model.vocab_size follows from the tokenizer; set tokenizer.vocab_size instead.")
+    return from_recipe({**recipe.model, "vocab_size": vocab_size})
+
+
+def _check_puzzles(recipe: Recipe) -> None:
+    for name, table in recipe.puzzles.items():
+        try:
+            problem = puzzles.problems(name, 1, 0, held_out=False, **table.dials)[0]
+        except TypeError as e:  # a plugin's generate without that dial
+            raise BadInput(f"puzzles.{name}.dials: {e}.") from None
+        _check_quality(name, puzzles.get(name).trace, table.quality)
+        puzzles.get(name).trace(problem, random.Random(0), **table.quality)
+    for where, names in (("rl.puzzles", recipe.rl.puzzles), ("eval.puzzles", recipe.eval.puzzles)):
+        if not names or set(names) - set(recipe.puzzles):
+            raise BadInput(f"{where} = {names} must name puzzles of the recipe ({', '.join(recipe.puzzles) or 'it has none'}).")
+    for name in recipe.eval.puzzles:  # a space too small for the evaluation must not be found after the training
+        puzzles.problems(name, recipe.eval.problems, 0, held_out=True, **recipe.puzzles[name].dials)
+    if not any(t.examples for t in recipe.puzzles.values()):
+        raise BadInput("sft has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
+
+
+def _check_quality(name: str, trace: Any, quality: dict[str, Any]) -> None:
+    """Each key must be an optional argument of the puzzle's `trace`, each value shaped like its default."""
+    optional = {k: p.default for k, p in inspect.signature(trace).parameters.items() if p.default is not p.empty}
+    for key, value in quality.items():
+        if key not in optional:
+            raise BadInput(f"puzzles.{name}.quality.{key} is not a known key{nearest(key, optional) or '.'}")
+        if not _alike(value, optional[key]):
+            example = list(optional[key]) if isinstance(optional[key], tuple) else optional[key]
+            raise BadInput(f"puzzles.{name}.quality.{key} = {value!r} is wrong: it must look like {example!r}.")
+
+
+def _alike(value: Any, example: Any) -> bool:
+    if isinstance(example, tuple):
+        return isinstance(value, list | tuple) and len(value) == len(example) and all(map(_alike, value, example))
+    if isinstance(example, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return example is None or type(value) is type(example)

@@ -1,0 +1,27 @@
+"""A puzzle that a model which has learnt nothing solves about half the time: say any digit, even ones are right."""
+
+import random
+from typing import Any
+
+from pascaline.data.puzzles import Problem, Trace, Verdict
+
+
+class Coin:
+    LEVELS: dict[str, Any] = {}
+
+    def generate(self, rng: random.Random) -> Problem:
+        number = rng.randrange(10_000)
+        return Problem("coin", f"Coin {number}?", f"coin {number}", {})
+
+    def trace(self, problem: Problem, rng: random.Random, biased: float = 0.5) -> Trace:
+        return Trace("toss", str(2 * rng.randrange(5) + (rng.random() < biased)))
+
+    def solve(self, problem: Problem) -> str:
+        return "0"
+
+    def verify(self, problem: Problem, answer: str) -> Verdict:
+        return Verdict.RIGHT if answer and answer in "02468" else Verdict.WRONG
+
+
+def puzzle() -> Coin:
+    return Coin()

@@ -1,0 +1,198 @@
+"""Recipes: every key has a type, an unknown one is an error that names the nearest, and what is written is what was read."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pascaline import recipe
+from pascaline.errors import BadInput
+from pascaline.model.config import PRESETS
+from pascaline.post.check import check
+from pascaline.recipe import Recipe, differences, load, parse, read_setting, to_toml
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+TINY = next(path for path in RECIPES if path.name == "tiny.toml")
+
+
+def refusal(settings: dict[str, Any]) -> str:
+    """What is said about tiny.toml with these settings, by reading it or by the check before a run."""
+    with pytest.raises(BadInput) as caught:
+        check(load(TINY, settings))
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 400
+    return said
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_the_shipped_recipes_can_be_run(path: Path) -> None:
+    check(load(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("sed", "seed"),
+        ("pretrane", "pretrain"),
+        ("corpus.source", "sources"),
+        ("tokenizer.vocab_sise", "vocab_size"),
+        ("pretrain.tokns", "tokens"),
+        ("sft.epoch", "epochs"),
+        ("rl.stpes", "steps"),
+        ("rl.clip_hihg", "clip_high"),
+        ("eval.problem", "problems"),
+        ("puzzles.countdown.trace", "traces"),
+        ("puzzles.chain.exampels", "examples"),
+        ("puzzles.countdown.dials.numbrs", "numbers"),
+        ("puzzles.countdown.quality.plantd", "planted"),
+        ("model.hiden_size", "hidden_size"),
+        ("model.rope.fator", "factor"),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest(key: str, near: str) -> None:
+    said = refusal({key: 1})
+    assert key.rsplit(".", 1)[-1] in said and f"did you mean '{near}'?" in said
+
+
+def test_a_key_near_to_nothing_is_only_named() -> None:
+    said = refusal({"puzzles.countdown.zzz": 1})
+    assert said == f"{TINY}: puzzles.countdown.zzz is not a known key."
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rl.steps", "50", "rl.steps = '50' is wrong: input should be a valid integer"),
+        ("rl.steps", True, "valid integer"),
+        ("rl.steps", 2.5, "valid integer"),
+        ("pretrain.lr", "fast", "pretrain.lr = 'fast' is wrong"),
+        ("pretrain.lr", float("inf"), "finite"),
+        ("pretrain.lr", float("nan"), "pretrain.lr = nan is wrong"),
+        ("corpus.sources", "stdlib", "corpus.sources = 'stdlib' is wrong: input should be a valid list"),
+        ("corpus.sources", ["stdlib", 3], "corpus.sources.1 = 3 is wrong"),
+        ("rl", 3, "rl must be a table"),
+        ("puzzles.countdown", 3, "puzzles.countdown must be a table"),
+        ("puzzles", [], "puzzles = [] is wrong"),
+        ("model.hidden_size", "wide", "model.hidden_size = 'wide' is wrong"),
+        ("puzzles.countdown.dials.numbers", "three", "numbers='three'"),
+        ("puzzles.countdown.quality.planted", "often", "planted = 'often' is wrong: it must look like 0.35"),
+        ("puzzles.countdown.quality.planted", True, "must look like"),
+        ("puzzles.countdown.quality.attempts", 3, "attempts = 3 is wrong: it must look like [1, 6]"),
+        ("puzzles.countdown.quality.attempts", [1, 2, 3], "must look like [1, 6]"),
+        ("puzzles.countdown.quality.attempts", [1, "x"], "must look like [1, 6]"),
+    ],
+)
+def test_a_wrong_type_is_named(key: str, value: Any, words: str) -> None:
+    assert words in refusal({key: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rl.samples": 1}, "rl.samples = 1 is wrong: input should be greater than or equal to 2"),
+        ({"pretrain.lr": 0.0}, "greater than 0"),
+        ({"rl.clip_low": 1.5}, "less than 1"),
+        ({"rl.wrong_reward": 0.5}, "less than or equal to 0"),
+        ({"eval.top_p": 1.01}, "eval.top_p"),
+        ({"seed": -1}, "seed = -1"),
+        ({"rl.schedule": "linear"}, "'constant', 'cosine' or 'wsd'"),
+        ({"dtype": "int8"}, "'auto', 'float32' or 'bfloat16'"),
+        ({"model.num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4 experts a token may reach"),
+        ({"model.qk_rope_head_dim": 7}, "qk_rope_head_dim is 7, it must be even"),
+        ({"model.num_hidden_layers": 0}, "num_hidden_layers is 0, it must be at least 1"),
+        ({"model.n_group": 3}, "does not divide"),
+        ({"model.preset": "nanno"}, "did you mean 'nano'?"),
+        ({"model.vocab_size": 400}, "set tokenizer.vocab_size instead"),
+        ({"tokenizer.vocab_size": 262}, "take at least 263"),
+        ({"sft.sequence_length": 513}, "sft.sequence_length = 513 is more than the model's 512 positions"),
+        ({"puzzles.countdown.dials.numbers": 9}, "numbers=9 must be a whole number from 3 to 4"),
+        ({"puzzles.countdown.dials.largest": [30, 20]}, "largest=[30, 20]"),
+        ({"puzzles.countdown.quality.planted": 1.5}, "planted=1.5 must be a share from 0 to 1"),
+        ({"puzzles.countdown.quality.attempts": [3, 1]}, "1 <= from <= to"),
+        ({"puzzles.countdwon.traces": 3}, "did you mean 'countdown'?"),
+        ({"puzzles.nowhere:puzzle.traces": 3}, "cannot be loaded"),
+        ({"rl.puzzles": ["chian"]}, "rl.puzzles = ['chian'] must name puzzles of the recipe (countdown, chain)"),
+        ({"eval.puzzles": []}, "eval.puzzles = [] must name puzzles"),
+        ({"puzzles.countdown.dials.largest": 4, "eval.problems": 1000}, "held-out"),
+        ({"corpus.sources": ["stdlip"]}, "corpus source 'stdlip'"),
+        ({"corpus.sources": [], "puzzles.countdown.traces": 0, "puzzles.chain.traces": 0}, "the corpus would be empty"),
+        ({"corpus.max_bytes": 0, "puzzles.countdown.traces": 0, "puzzles.chain.traces": 0}, "the corpus would be empty"),
+        ({"puzzles.countdown.examples": 0, "puzzles.chain.examples": 0}, "sft has nothing to learn from"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_before_the_run(settings: dict[str, Any], words: str) -> None:
+    assert words in refusal(settings)
+
+
+def test_missing_and_empty_sources_are_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "texts.md").write_text("x")
+    assert "/texts.md'?" in refusal({"corpus.sources": [str(tmp_path / "text.md")]})
+    (tmp_path / "empty").mkdir()
+    assert "empty corpus" in refusal({"corpus.sources": [str(tmp_path / "empty")]})
+    (tmp_path / "blank.txt").write_text(" \n")
+    assert "blank.txt was left out (empty)" in refusal({"corpus.sources": [str(tmp_path / "blank.txt")]})
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    def said(path: Path) -> str:
+        with pytest.raises(BadInput) as caught:
+            load(path)
+        return str(caught.value)
+
+    (tmp_path / "laptop.toml").write_text("seed = 1\nseed = 2\n")
+    assert "is not valid TOML" in said(tmp_path / "laptop.toml") and "line 2" in said(tmp_path / "laptop.toml")
+    assert said(tmp_path / "laptp.toml").endswith("there is no recipe " + str(tmp_path / "laptp.toml") + "; did you mean 'laptop.toml'?")
+    assert said(tmp_path / "zzz") == f"there is no recipe {tmp_path / 'zzz'}."
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\0")
+    assert "must be a TOML text file" in said(tmp_path / "binary") and "must be a TOML text file" in said(tmp_path)
+
+
+def test_settings() -> None:
+    assert read_setting("rl.steps=50") == ("rl.steps", 50)
+    assert read_setting(" device = cpu") == ("device", "cpu")
+    assert read_setting('corpus.sources=["a=b", "c"]') == ("corpus.sources", ["a=b", "c"])
+    assert read_setting("rl.lr=1e-4")[1] == 1e-4 and read_setting("x=")[1] == ""
+    assert read_setting("seed=1\nrl.steps=2") == ("seed", "1\nrl.steps=2")  # not the half of it
+    for wrong in ("rl.steps", "=5", "  =5"):
+        with pytest.raises(BadInput, match="must look like rl.steps=50"):
+            read_setting(wrong)
+    assert load(TINY, {"rl.steps": 7, "puzzles.chain.dials.steps": [2, 3]}).puzzles["chain"].dials == {"steps": [2, 3]}
+    with pytest.raises(BadInput, match="seed is not a table"):
+        load(TINY, {"seed.x": 1})
+
+
+def test_later_settings_win_and_the_rest_stays() -> None:
+    plain, changed = load(TINY), load(TINY, {"rl.steps": 99})
+    assert changed.rl.steps == 99
+    assert differences(plain.model_dump(), changed.model_dump()) == ["rl.steps"]
+    more = load(TINY, {"rl.steps": 99, "puzzles.coin:puzzle.traces": 1, "model.q_lora_rank": 8})
+    assert differences(plain.model_dump(), more.model_dump()) == ["model.q_lora_rank", "puzzles.coin:puzzle", "rl.steps"]
+
+
+@given(
+    name=st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    source=st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    lr=st.floats(1e-30, 1e30),
+    flag=st.booleans(),
+    attempts=st.lists(st.integers(-5, 5), max_size=3),
+)
+def test_a_resolved_recipe_reads_back_as_itself(name: str, source: str, lr: float, flag: bool, attempts: list[int]) -> None:
+    raw = {
+        "corpus": {"sources": [source]},
+        "puzzles": {name: {"traces": 3, "dials": {name: attempts}, "quality": {"deep": attempts, "word": source, "flag": flag}}},
+        "model": {"preset": "mini", "rope": {"factor": lr}, "norm_topk_prob": flag},
+        "pretrain": {"lr": lr},
+    }
+    once = parse(raw, "here")
+    again = parse(tomllib.loads(to_toml(once)), "there")
+    assert again == once and to_toml(again) == to_toml(once)
+    assert Recipe.model_validate(once.model_dump(mode="json")) == once
+
+
+def test_every_stage_is_a_table_or_a_room() -> None:
+    assert set(recipe.STAGES) == set(Recipe.model_fields) - {"seed", "device", "dtype", "puzzles", "model"}
+    assert "nano" in PRESETS and Recipe().model == {"preset": "nano"}

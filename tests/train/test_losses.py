@@ -1,0 +1,376 @@
+"""The loss against independent formulas: values, gradients, normalisation, and what must have no influence."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import relative_error, tiny_model
+
+from pascaline.data.batch import Batch, Sample, collate
+from pascaline.train import losses
+from pascaline.train.losses import Loss, clipped_surrogate, compute, k3, token_logprobs, totals
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the chunked head ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 17, 512])
+@pytest.mark.parametrize("m", [1, 16, 17, 40])
+def test_token_logprobs_are_cross_entropy(m, chunk, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    target = torch.randint(0, 61, (m,), generator=torch.Generator().manual_seed(1))
+    slope = randn(m, seed=3)
+
+    def run(function):
+        hidden, weight = randn(m, 24).requires_grad_(), randn(61, 24, seed=2).requires_grad_()
+        logprob = function(hidden, weight)
+        (logprob * slope).sum().backward()
+        return logprob.detach(), hidden.grad, weight.grad
+
+    found = run(lambda h, w: token_logprobs(h, w, target)[0])
+    expected = run(lambda h, w: -F.cross_entropy(F.linear(h, w), target, reduction="none"))
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and relative_error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_entropy_is_that_of_the_distribution_and_has_no_gradient(chunk, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    hidden, weight = randn(10, 24).requires_grad_(), randn(61, 24, seed=2)
+    logprob, entropy = token_logprobs(hidden, weight, torch.zeros(10, dtype=torch.long))
+    expected = torch.distributions.Categorical(logits=F.linear(hidden, weight)).entropy()
+    assert relative_error(entropy, expected) < 1e-5
+    assert logprob.requires_grad and not entropy.requires_grad
+
+
+def test_token_logprobs_in_bf16_are_float32_and_near():
+    hidden, weight = randn(40, 24).bfloat16(), randn(61, 24, seed=2).bfloat16()
+    target = torch.arange(40)
+    logprob, entropy = token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), target)
+    assert logprob.dtype == entropy.dtype == torch.float32
+    logprob.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    exact = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    (-F.cross_entropy(F.linear(*exact), target, reduction="sum")).backward()
+    assert relative_error(hidden.grad.float(), exact[0].grad) < 2e-2 and relative_error(weight.grad.float(), exact[1].grad) < 2e-2
+
+
+# ---- batches of random streams ---------------------------------------------------------------------------------------
+
+
+def random_sample(length: int, seed: int, names=("ce",)) -> Sample:
+    draw = np.random.default_rng(seed)
+    streams = {}
+    for name in names:
+        weight = draw.integers(0, 2, length) * draw.uniform(0.5, 2, length)
+        weight[-1] = 1.0
+        streams[name] = weight.astype(np.float32)
+    if "rl" in names:
+        streams["advantage"] = draw.normal(size=length).astype(np.float32)
+        streams["old_logprob"] = -draw.uniform(2, 7, length).astype(np.float32)
+    if "kl" in names:
+        streams["ref_logprob"] = -draw.uniform(2, 7, length).astype(np.float32)
+    return Sample(draw.integers(3, 61, length), streams)
+
+
+def random_rows(names=("ce",), rows: int = 4) -> list[list[Sample]]:
+    """Rows of 24 with different documents and padding."""
+    draw = np.random.default_rng(9)
+    return [[random_sample(int(n), 10 * r + i, names) for i, n in enumerate(draw.integers(2, 8, 3))] for r in range(rows)]
+
+
+ALL = ("ce", "rl", "kl")
+RULE = Loss(kl=0.3)
+
+
+def gradients(model, micro_batches: list[Batch], rule: Loss = RULE):
+    """Loss, gradients, logs and loads of one optimizer step over micro-batches, as the loop adds them up."""
+    model.zero_grad(set_to_none=True)
+    total = totals(micro_batches)
+    value, logs, load = 0.0, {}, 0
+    for batch in micro_batches:
+        loss, parts, loads = compute(model, batch, total, rule)
+        loss.backward()
+        value += loss.item()
+        logs = {name: logs.get(name, 0.0) + float(part) for name, part in parts.items()}
+        load = load + loads
+    return value, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, logs, load
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert (found[name] - expected[name]).abs().max() < tolerance * expected[name].abs().max() + 1e-8, name
+
+
+def by_hand(model, rows: list[list[Sample]], rule: Loss) -> torch.Tensor:
+    """The whole loss, document by document, from the model's plain logits and the papers' formulas."""
+    sums = dict.fromkeys(ALL, torch.zeros(()))
+    weights = dict.fromkeys(ALL, 0.0)
+    for sample in (s for row in rows for s in row):
+        logp = model(torch.from_numpy(sample.tokens)[None])[0].log_softmax(-1)
+        for t in range(1, len(sample.tokens)):
+            lp = logp[t - 1, sample.tokens[t]]
+            s = {name: float(v[t]) for name, v in sample.streams.items()}
+            if "ce" in s:
+                sums["ce"] = sums["ce"] - s["ce"] * lp
+            if "rl" in s:
+                ratio = (lp - s["old_logprob"]).exp()
+                clipped = ratio.clamp(1 - rule.clip_low, 1 + rule.clip_high)
+                sums["rl"] = sums["rl"] + s["rl"] * torch.maximum(-s["advantage"] * ratio, -s["advantage"] * clipped)
+            if "kl" in s:
+                log_ratio = s["ref_logprob"] - lp
+                sums["kl"] = sums["kl"] + s["kl"] * (log_ratio.exp() - 1 - log_ratio)
+            for name in ALL:
+                weights[name] += s.get(name, 0.0)
+    scale = {"ce": 1.0, "rl": 1.0, "kl": rule.kl}
+    return torch.stack([scale[n] * sums[n] / weights[n] for n in ALL if weights[n]]).sum()
+
+
+@pytest.mark.parametrize("names", [("ce",), ("rl",), ("rl", "kl"), ALL])
+def test_the_whole_loss_is_the_formula_document_by_document(names):
+    model = tiny_model()
+    rows = random_rows(names)
+    value, found, logs, _ = gradients(model, [collate(rows, 24, 2)])
+    model.zero_grad(set_to_none=True)
+    expected = by_hand(model, rows, RULE)
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-4)
+    assert_same(found, {n: p.grad for n, p in model.named_parameters()})
+    assert sum(logs[name] for name in names) == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("names", [("ce",), ("rl",), ALL])
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_micro_batches_add_up(names, pieces):
+    """Each micro-batch is divided by the weight of the whole step, not by its own."""
+    model = tiny_model()
+    rows = random_rows(names)
+    value, expected, logs, load = gradients(model, [collate(rows, 24, 2)])
+    size = len(rows) // pieces
+    split = [collate(rows[i : i + size], 24, 2) for i in range(0, len(rows), size)]
+    assert len({tuple(totals([b]).values()) for b in split}) > 1
+    found_value, found, found_logs, found_load = gradients(model, split)
+    assert found_value == pytest.approx(value, rel=1e-5)
+    assert_same(found, expected)
+    assert found_logs == pytest.approx(logs, rel=1e-4, abs=1e-7) and torch.equal(found_load, load)
+
+
+def test_packing_does_not_change_the_loss():
+    """One document a row, or all in one: the same gradient."""
+    model = tiny_model()
+    samples = [s for row in random_rows(ALL) for s in row]
+    value, expected, *_ = gradients(model, [collate([samples], 120, 2)])
+    found_value, found, *_ = gradients(model, [collate([[s] for s in samples], 24, 2)])
+    assert found_value == pytest.approx(value, rel=1e-5)
+    assert_same(found, expected)
+
+
+def test_a_micro_batch_without_weight_adds_nothing():
+    """Documents of one token, say: they happen."""
+    model = tiny_model()
+    rows = random_rows()
+    expected_value, expected, *_ = gradients(model, [collate(rows, 24, 2)])
+    empty = Sample(np.array([5, 6, 7]), {"ce": np.zeros(3, np.float32)})
+    value, found, *_ = gradients(model, [collate(rows, 24, 2), collate([[empty]], 24, 2)])
+    assert value == pytest.approx(expected_value, rel=1e-6)
+    assert_same(found, expected, 1e-5)
+
+
+def test_totals_are_exact_sums_over_all_micro_batches():
+    rows = random_rows(ALL)
+    found = totals(collate([row], 24, 2) for row in rows)
+    for name in ALL:
+        assert found[name] == pytest.approx(sum(float(s.streams[name][1:].astype(np.float64).sum()) for row in rows for s in row), rel=1e-6)
+    assert set(found) == set(ALL)  # what is no weight is not counted
+
+
+# ---- what must have no influence -------------------------------------------------------------------------------------
+
+
+def test_padding_has_no_influence():
+    model = tiny_model()
+    rows = random_rows(ALL)
+    value, expected, logs, _ = gradients(model, [collate(rows, 24, 2)])
+    for pad, length in ((50, 24), (2, 40)):
+        found_value, found, found_logs, _ = gradients(model, [collate(rows, length, pad)])
+        assert found_value == pytest.approx(value, rel=1e-5) and found_logs == pytest.approx(logs, rel=1e-4, abs=1e-7)
+        touched = {n: g for n, g in found.items() if "embed" not in n}
+        assert_same(touched, {n: expected[n] for n in touched})
+    assert not gradients(model, [collate(rows, 24, 2)])[1]["model.embed_tokens.weight"][2].any()  # the pad token learns nothing
+
+
+@pytest.mark.parametrize("stream", ["advantage", "old_logprob", "ref_logprob", "token"])
+def test_masked_targets_have_no_influence(stream):
+    """Whatever stands at a token of zero weight: prompts, tool outputs, the last token of a masked document."""
+    model = tiny_model()
+    rows = random_rows(("rl", "kl"))
+    for row in rows:
+        for s in row:
+            masked = np.arange(len(s.tokens)) < len(s.tokens) // 2
+            s.streams["rl"][:], s.streams["kl"][:] = ~masked, ~masked
+    before = gradients(model, [collate(rows, 24, 2)])
+    for row in rows:
+        for s in row:
+            masked = s.streams["rl"] == 0
+            if stream == "token":
+                # The last token is the input of nothing that counts: mask it, and it may be anything.
+                s.streams["rl"][-1] = s.streams["kl"][-1] = 0.0
+            else:
+                s.streams[stream][masked] += 1000.0
+    if stream == "token":
+        before = gradients(model, [collate(rows, 24, 2)])
+        for row in rows:
+            for s in row:
+                s.tokens[-1] = (s.tokens[-1] + 7) % 61
+        after = gradients(model, [collate(rows, 24, 2)])
+        assert after[0] == pytest.approx(before[0], rel=1e-5)
+        return
+    after = gradients(model, [collate(rows, 24, 2)])
+    assert after[0] == before[0] and after[2] == before[2]
+    assert all(torch.equal(after[1][n], before[1][n]) for n in after[1])
+
+
+def test_weights_of_targets_do_matter():
+    """The counterpart: the same change at a token that counts is seen."""
+    model = tiny_model()
+    rows = random_rows(("rl",))
+    before = gradients(model, [collate(rows, 24, 2)])[0]
+    rows[0][0].streams["advantage"][-1] += 1.0
+    assert gradients(model, [collate(rows, 24, 2)])[0] != pytest.approx(before, rel=1e-4)
+
+
+def test_the_first_token_of_a_document_is_never_a_target():
+    """It would be predicted from another document."""
+    model = tiny_model()
+    rows = [[Sample(np.array([5, 6, 7]), {"ce": np.ones(3, np.float32)}), Sample(np.array([8, 9]), {"ce": np.ones(2, np.float32)})]]
+    batch = collate(rows, 8, 2)
+    assert totals([batch]) == {"ce": 3.0}
+    assert gradients(model, [batch])[0] == pytest.approx(by_hand(model, rows, RULE).item(), rel=1e-4)
+
+
+# ---- policy gradient -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(-3, 3), st.floats(-2, 2), st.floats(0.05, 0.5), st.floats(0.05, 0.9))
+def test_clipped_surrogate_is_the_papers(log_ratio, advantage, low, high):
+    x = torch.tensor(log_ratio, dtype=torch.float64, requires_grad=True)
+    a = torch.tensor(advantage, dtype=torch.float64)
+    loss, held = clipped_surrogate(x, a, Loss(clip_low=low, clip_high=high))
+    ratio = math.exp(log_ratio)
+    expected = -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    loss.backward()
+    blocked = (advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low)
+    assert x.grad.item() == pytest.approx(0.0 if blocked else -ratio * advantage, rel=1e-6, abs=1e-12)
+    if abs(ratio - 1 - high) > 1e-6 and abs(ratio - 1 + low) > 1e-6 and abs(advantage) > 1e-6:
+        assert bool(held) == blocked
+
+
+def test_the_upper_clip_is_higher():
+    """DAPO: what was unlikely may become likely; ratio 1.25 still learns, 0.75 does not."""
+    rule = Loss()
+    log_ratio = torch.tensor([1.25, 1.35, 0.85, 0.75]).log().requires_grad_()
+    loss, held = clipped_surrogate(log_ratio, torch.tensor([1.0, 1.0, -1.0, -1.0]), rule)
+    loss.sum().backward()
+    assert (log_ratio.grad != 0).tolist() == [True, False, True, False] and held.tolist() == [0, 1, 0, 1]
+
+
+def test_absurd_ratios_stay_finite():
+    log_ratio = torch.tensor([1e4, -1e4, 90.0], requires_grad=True)
+    loss, _ = clipped_surrogate(log_ratio, torch.tensor([-1.0, 1.0, -1.0]), Loss())
+    loss.sum().backward()
+    assert loss.isfinite().all() and log_ratio.grad.isfinite().all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-10, 0), st.floats(-10, 0))
+def test_k3_is_a_distance(logprob, reference):
+    value = k3(torch.tensor(logprob, dtype=torch.float64), torch.tensor(reference, dtype=torch.float64)).item()
+    difference = reference - logprob
+    assert value >= 0 and value == pytest.approx(math.exp(difference) - 1 - difference, rel=1e-9, abs=1e-12)
+    assert k3(torch.tensor(logprob), torch.tensor(logprob)).item() == 0
+
+
+def test_k3_averages_to_the_divergence():
+    """Over samples of the policy it is an unbiased estimate of KL(policy || reference)."""
+    policy, reference = randn(61).log_softmax(-1).double(), randn(61, seed=1).log_softmax(-1).double()
+    expected = (policy.exp() * (policy - reference)).sum()
+    assert float((policy.exp() * k3(policy, reference)).sum()) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_rl_logs():
+    """entropy, clipped share and mismatch are means over the rl weight."""
+    model = tiny_model()
+    rows = random_rows(("rl",))
+    _, _, logs, _ = gradients(model, [collate(rows, 24, 2)])
+    weight = entropy = mismatch = 0.0
+    with torch.no_grad():
+        for s in (s for row in rows for s in row):
+            logp = model(torch.from_numpy(s.tokens)[None])[0].log_softmax(-1)
+            for t in range(1, len(s.tokens)):
+                w = float(s.streams["rl"][t])
+                weight += w
+                entropy -= w * float((logp[t - 1].exp() * logp[t - 1]).sum())
+                mismatch += w * abs(float(logp[t - 1, s.tokens[t]]) - float(s.streams["old_logprob"][t]))
+    assert logs["entropy"] == pytest.approx(entropy / weight, rel=1e-4)
+    assert logs["mismatch"] == pytest.approx(mismatch / weight, rel=1e-4)
+    assert 0 < logs["clipped"] < 1
+
+
+# ---- multi-token prediction ------------------------------------------------------------------------------------------
+
+
+def mtp_by_hand(model, rows: list[list[Sample]]) -> torch.Tensor:
+    """Each document alone: depth k predicts token t + 1 + k from position t (arXiv 2412.19437 eq. 24), over the step's ce weight."""
+    total = sum(float(s.streams["ce"][1:].sum()) for row in rows for s in row)
+    depth = model.config.num_nextn_predict_layers
+    sums = [torch.zeros(()) for _ in range(depth)]
+    for s in (s for row in rows for s in row):
+        tokens = torch.from_numpy(s.tokens)[None]
+        hidden = model.hidden(tokens)[0]
+        for k, (states, _) in enumerate(model.mtp_hidden(hidden, tokens), 1):
+            logp = model.head(states)[0].log_softmax(-1)
+            for t in range(len(s.tokens) - 1 - k):
+                sums[k - 1] = sums[k - 1] - float(s.streams["ce"][t + 1 + k]) * logp[t, s.tokens[t + 1 + k]]
+    return torch.stack(sums).mean() / total
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_mtp_loss_and_gradient_are_the_formula(depth):
+    """Packed documents against each alone: no prediction crosses a border."""
+    model = tiny_model(num_nextn_predict_layers=depth)
+    rows = random_rows()
+    rule = Loss(mtp=0.3)
+    value, found, logs, load = gradients(model, [collate(rows, 24, 2)], rule)
+    model.zero_grad(set_to_none=True)
+    mtp = mtp_by_hand(model, rows)
+    expected = by_hand(model, rows, rule) + 0.3 * mtp
+    expected.backward()
+    assert logs["mtp"] == pytest.approx(0.3 * mtp.item(), rel=1e-4) and value == pytest.approx(expected.item(), rel=1e-4)
+    assert_same(found, {n: p.grad for n, p in model.named_parameters()})
+    assert load.shape == (len(model.routers()), 8)
+
+
+def test_mtp_weight_zero_leaves_the_modules_alone():
+    model = tiny_model(num_nextn_predict_layers=1)
+    _, found, logs, _ = gradients(model, [collate(random_rows(), 24, 2)], Loss())
+    assert "mtp" not in logs and not any(name.startswith("model.layers.2.") for name in found)
+
+
+def test_mtp_over_micro_batches():
+    model = tiny_model(num_nextn_predict_layers=1)
+    rows, rule = random_rows(), Loss(mtp=0.3)
+    value, expected, *_ = gradients(model, [collate(rows, 24, 2)], rule)
+    found_value, found, *_ = gradients(model, [collate([row], 24, 2) for row in rows], rule)
+    assert found_value == pytest.approx(value, rel=1e-5)
+    assert_same(found, expected)

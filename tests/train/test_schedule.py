@@ -1,0 +1,58 @@
+"""The learning rate at its corners."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pascaline.recipe import Optim
+from pascaline.train.schedule import learning_rate
+
+
+def rates(steps: int, **changes) -> list[float]:
+    optim = Optim(**{"lr": 2.0, "warmup": 0, "final": 0.1, "decay": 0.2, **changes})
+    return [learning_rate(optim, step, steps) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_warm_up_is_linear_from_the_first_step_to_the_peak(schedule):
+    found = rates(100, warmup=10, schedule=schedule)
+    assert found[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert found[9] == max(found) == 2.0 and found[0] > 0
+
+
+def test_constant_stays():
+    assert rates(50, schedule="constant", warmup=5)[4:] == [2.0] * 46
+
+
+def test_cosine_ends_at_final_and_is_half_way_in_the_middle():
+    found = rates(101, schedule="cosine", warmup=1)
+    assert found[-1] == pytest.approx(0.2) and found[50] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    for i, rate in enumerate(found[1:], 1):
+        assert rate == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi * i / 100)) / 2)
+
+
+def test_wsd_stays_then_falls_in_a_line_to_final():
+    found = rates(110, schedule="wsd", warmup=10, decay=0.2)
+    assert found[9:90] == [pytest.approx(2.0)] * 81
+    assert found[-1] == pytest.approx(0.2) and found[99] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    falls = [a - b for a, b in itertools.pairwise(found[89:])]
+    assert falls == pytest.approx([1.8 / 20] * 20)
+
+
+def test_wsd_without_decay_stays():
+    assert rates(20, schedule="wsd", decay=0.0) == [pytest.approx(2.0)] * 20
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["constant", "cosine", "wsd"]), st.integers(1, 60), st.integers(0, 80), st.floats(0, 1), st.floats(0, 1))
+def test_any_schedule_stays_between_nothing_and_the_peak_and_falls_after_warm_up(schedule, steps, warmup, decay, final):
+    """Also one step, and a warm-up longer than the run."""
+    found = rates(steps, schedule=schedule, warmup=warmup, decay=decay, final=final)
+    assert all(0 <= rate <= 2.0 * (1 + 1e-9) and math.isfinite(rate) for rate in found)
+    after = found[warmup:]
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(after))
+    if after and (schedule == "cosine" or (schedule == "wsd" and decay > 0)):
+        assert after[-1] == pytest.approx(2.0 * final, abs=1e-9)
