@@ -59,8 +59,8 @@ class LatentCache:
         self._reserve(self.longest)
         self.span = min(-(-self.longest // BLOCK) * BLOCK, self.entries.shape[2])
         at = self.lengths[:rows]
-        hidden = torch.arange(self.span, device=at.device) > at.unsqueeze(1)
-        self.mask = torch.zeros(rows, 1, self.span, dtype=self.entries.dtype, device=at.device).masked_fill_(hidden.unsqueeze(1), -torch.inf)
+        hidden = torch.arange(self.span, device=at.device) > at.view(rows, 1, 1)
+        self.mask = self.entries.new_zeros(rows, 1, self.span).masked_fill_(hidden, -torch.inf)
         self.index = at.view(rows, 1, 1).expand(rows, 1, self.width)
 
     def append(self, layer: int, entries_BTC: Tensor) -> tuple[Tensor, Tensor]:

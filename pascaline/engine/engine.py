@@ -51,6 +51,17 @@ class Request:
 class Engine:
     """engine.generate(["Make 12 from 6, 6, 13."], Sampling(n=4)) -> [[Output, ...]]"""
 
+    cache: LatentCache  # it and the arrays exist while rows run; entry i of each belongs to rows[i]
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    produced: np.ndarray
+    limit: np.ndarray
+    context: np.ndarray
+    seeds: np.ndarray
+    temperature: np.ndarray
+    top_p: np.ndarray
+    stop: np.ndarray
+
     def __init__(
         self,
         model: Model | str | Path,
@@ -66,7 +77,7 @@ class Engine:
             raise BadInput(f"max_rows = {max_rows}: an engine needs at least one row.")
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.waiting: deque[Request] = deque()
-        self.rows: list[Request] = []  # row i of the cache belongs to rows[i]
+        self.rows: list[Request] = []
         self.generated = self.prefilled = 0  # tokens, over the engine's life
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[list[Output]]:
@@ -101,7 +112,7 @@ class Engine:
         """The n requests of a prompt, each with a seed of its own from (sampling.seed, index of the prompt, 0..n-1)."""
         ids, c = self._ids(prompt), self.model.config
         if not 0 < len(ids) < c.max_position_embeddings:
-            raise BadInput(f"a prompt of {len(ids)} tokens does not fit: it needs 1 to {c.max_position_embeddings - 1}, the context less one.")
+            raise BadInput(f"a prompt of {len(ids)} tokens does not fit: the context allows 1 to {c.max_position_embeddings - 1}.")
         if not 0 <= min(ids) <= max(ids) < c.vocab_size:
             raise BadInput(f"a prompt holds token ids from {min(ids)} to {max(ids)}, but the model's vocabulary has {c.vocab_size}.")
         key = mix(mix(np.array([sampling.seed], np.uint64)) + np.uint64(index))
@@ -119,7 +130,7 @@ class Engine:
         """Forget everything that waits or runs, and free the cache."""
         self.waiting.clear()
         self.rows.clear()
-        self.cache = None
+        vars(self).pop("cache", None)
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -199,8 +210,8 @@ class Engine:
 
     def _retire(self, ended: np.ndarray, stopped: np.ndarray) -> None:
         for row, stop in zip(ended.tolist(), stopped.tolist(), strict=True):
-            count = self.produced[row]
-            self.rows[row].output = self._output(self.rows[row], self.tokens[row, :count].tolist(), self.logprobs[row, :count].tolist(), stop)
+            said = self.tokens[row, : self.produced[row]].tolist(), self.logprobs[row, : self.produced[row]].tolist()
+            self.rows[row].output = self._output(self.rows[row], *said, stop)
             self.rows[row].row = -1
         gone, n = set(ended.tolist()), len(self.rows)
         left = n - len(gone)
@@ -208,7 +219,9 @@ class Engine:
         movers = [row for row in range(left, n) if row not in gone]
         if holes:
             self.cache.move(torch.tensor(movers).to(self.model.device), torch.tensor(holes).to(self.model.device))
-            for array in (self.tokens, self.logprobs, self.produced, self.limit, self.seeds, self.context, self.temperature, self.top_p, self.stop):
+            for array in (self.tokens, self.logprobs, self.produced, self.limit, self.seeds):
+                array[holes] = array[movers]
+            for array in (self.context, self.temperature, self.top_p, self.stop):
                 array[holes] = array[movers]
             for hole, mover in zip(holes, movers, strict=True):
                 self.rows[hole] = self.rows[mover]

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from pascaline.model.transformer import Model
 from pascaline.recipe import Optim
 
-
 NS_STEPS = 5
 NS = (3.4445, -4.7750, 2.0315)  # quintic Newton-Schulz coefficients of Jordan's Muon
 

@@ -1,5 +1,6 @@
 """Puzzles: the oracle is right, the verifier accepts exactly the right answers, the split never leaks."""
 
+import ast
 import random
 import re
 import subprocess
@@ -249,26 +250,31 @@ def test_countdown_traces_say_only_what_is_true_and_never_try_twice(seed, number
     assert 1 <= len(lines) <= low + more
     seen = set()
     for index, line in enumerate(lines):
-        *steps, verdict = line.split(",")
-        target, _, said = verdict.partition("?")
-        assert target == str(problem.data["target"]) and len(steps) == numbers - 1
-        pool = list(problem.data["numbers"])
-        for step in steps:
-            x, operator, y, value = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups()
-            pool.remove(int(x))
-            pool.remove(int(y))
-            assert reference(f"{x}{operator}{y}")[0] == int(value) and 0 < int(value) <= 99
-            pool.append(int(value))
+        forms, result, target, off, said = re.fullmatch(r"(.+)=(\d\d),(\d\d):(\d\d) (yes|no)", line).groups()
+        expressions = forms.split("=")
+        assert len(expressions) == numbers - 1 and int(target) == problem.data["target"]
+        assert int(off) == abs(int(result) - int(target))
+        for expression in expressions:  # every rewriting has the same value
+            assert reference(re.sub(r"\b0+(?=\d)", "", expression))[0] == int(result)
+        assert sorted(reference(expressions[0])[1]) == problem.data["numbers"]
         assert said == ("yes" if index == len(lines) - 1 and trace.answer != "none" else "no")
-        assert said == "yes" or pool != [problem.data["target"]]
-        name = tuple(sorted(str(sorted(re.split(r"([-+*/=])", s)[::2])) + re.sub(r"\d", "", s) for s in steps))
+        assert said == "yes" or result != target
+        name = without_order(ast.parse(expressions[0], mode="eval").body)
         assert name not in seen
         seen.add(name)
     if trace.answer != "none":
-        value, used = reference(trace.answer)
-        assert value == pool[0] and sorted(used) == problem.data["numbers"]  # the answer is the last line, as one
-        right = value == problem.data["target"]
+        assert trace.answer == expressions[0]
+        right = int(result) == problem.data["target"]
         assert countdown.verify(problem, trace.answer) is (Verdict.RIGHT if right else Verdict.WRONG)
+
+
+def without_order(node):
+    """An expression's tree as text, the same for a+b and b+a."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    sides = [without_order(node.left), without_order(node.right)]
+    operator = type(node.op).__name__
+    return f"{operator}({','.join(sorted(sides) if operator in ('Add', 'Mult') else sides)})"
 
 
 def test_countdown_trace_qualities_do_what_they_say():

@@ -372,6 +372,27 @@ def test_saving_over_an_older_model_leaves_only_the_new_one(first, second, tmp_p
     assert files(tmp_path / "a") == files(tmp_path / "fresh")
 
 
+@torch.no_grad()
+def test_a_full_disk_leaves_the_older_model(tmp_path, monkeypatch):
+    """The last of several shards does not fit: nothing of the new model is there, all of the old one is."""
+    monkeypatch.setattr(hf, "SHARD_BYTES", 10_000)
+    ours(0).save(tmp_path)
+    before = files(tmp_path)
+    real = hf.save_file
+
+    def full(shard, path, **options):
+        if "model-00003" in str(path):
+            raise OSError(28, "No space left on device")
+        real(shard, path, **options)
+
+    monkeypatch.setattr(hf, "save_file", full)
+    other = ours(0)
+    randomize_(other, 99)
+    with pytest.raises(OSError, match="No space"):
+        other.save(tmp_path)
+    assert files(tmp_path) == before
+
+
 # ---- hostile folders -------------------------------------------------------------------------------------------------
 
 
