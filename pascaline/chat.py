@@ -53,7 +53,9 @@ def _refuse(model: Path) -> None:
     """Say what is wrong with the folder before torch is imported."""
     if not (model / "config.json").is_file():
         inside = (model / "model" / "config.json").is_file()
-        raise BadInput(f"{model} is not a model folder: it has no config.json" + (f"; did you mean '{model / 'model'}'?" if inside else "."))
+        raise BadInput(
+            f"{model} is not a model folder: it has no config.json" + (f"; did you mean '{model / 'model'}'?" if inside else ".")
+        )
 
 
 def _read(terminal: bool) -> str | None:

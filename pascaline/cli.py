@@ -59,11 +59,8 @@ def _show(report: dict[str, Any], out: Path, done: bool) -> None:
             print(f"  {name} [{said['verdict']}]")
             thought = printable(said["thought"]).splitlines()
             print("".join(f"    | {line}\n" for line in thought) + f"    = {printable(said['answer']) or '(no answer)'}")
-    print(f"\nGo on with:\n  pascaline chat {out}/model\n  pascaline report {out}\n  pascaline run {_recipe_name(out)} --out {out}-2 --set seed=2")
-
-
-def _recipe_name(out: Path) -> str:
-    return str(out / "recipe.toml")
+    again = f"pascaline run {out / 'recipe.toml'} --out {out}-2 --set seed=2"
+    print(f"\nGo on with:\n  pascaline chat {out}/model\n  pascaline report {out}\n  {again}")
 
 
 @app.command()
@@ -116,7 +113,11 @@ def doctor(as_json: Json = False) -> None:
         print(json.dumps(facts))
         return
     for name, value in facts.items():
-        inner = ", ".join(f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        inner = (
+            ", ".join(f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+            if isinstance(value, dict)
+            else value
+        )
         print(f"{name:12} {inner}")
 
 

@@ -102,9 +102,7 @@ class Progress:
         if left is not None:
             parts.append(f"ETA {duration(left)}")
         # Facts last: a narrow terminal cuts the end of the line.
-        return "  ".join(
-            parts + [f"{label(name)} {number(value)}" for name, value in self.facts.items() if _shows(value)]
-        )
+        return "  ".join(parts + [f"{label(name)} {number(value)}" for name, value in self.facts.items() if _shows(value)])
 
     def _count(self, step: int) -> str:
         return f"{step} {self.unit}s" if self.total is None else f"{step}/{self.total} {self.unit}s"

@@ -26,9 +26,7 @@ from typing import Any, Self
 
 from pascaline.errors import BadInput
 
-TEMPORARY = (
-    ".pascaline-tmp"  # ends every temporary name, so that a killed run's left-overs differ from the user's files
-)
+TEMPORARY = ".pascaline-tmp"  # ends every temporary name, so that a killed run's left-overs differ from the user's files
 
 
 # ---- whole files -----------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """A puzzle that a model which has learnt nothing solves about half the time: say any digit, even ones are right."""
 
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 from pascaline.data.puzzles import Problem, Trace, Verdict
 
 
 class Coin:
-    LEVELS: dict[str, Any] = {}
+    LEVELS: ClassVar[dict[str, Any]] = {}
 
     def generate(self, rng: random.Random) -> Problem:
         number = rng.randrange(10_000)

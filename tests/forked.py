@@ -45,7 +45,9 @@ def call(folder: Path, *arguments: object, stdin: str = os.devnull) -> tuple[int
 def _body(arguments: list[str], places: list[str]) -> None:
     for fd, place in enumerate(places):
         os.dup2(os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o666), fd)
-    sys.stdin = open(0, closefd=False)  # multiprocessing has closed it
+    # New objects: the old ones remember what the server's files could do.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
     sys.argv = ["pascaline", *arguments]
     from pascaline.cli import main
 

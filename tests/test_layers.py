@@ -22,7 +22,8 @@ def test_import_contract() -> None:
     "code",
     [
         "import pascaline; dir(pascaline)",
-        "import pascaline.cli, pascaline.recipe, pascaline.tokenizer, pascaline.data.puzzles, pascaline.data.sources, pascaline.data.shards",
+        "import pascaline.cli, pascaline.recipe, pascaline.tokenizer",
+        "import pascaline.data.puzzles, pascaline.data.sources, pascaline.data.shards",
         "import pascaline.model.config, pascaline.post.check, pascaline.post.chain; import pascaline; pascaline.run",
         "import pascaline.eval.report, pascaline.eval.plots, pascaline.eval.passk, pascaline.chat",
     ],

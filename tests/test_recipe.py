@@ -158,7 +158,7 @@ def test_settings() -> None:
     assert read_setting("rl.lr=1e-4")[1] == 1e-4 and read_setting("x=")[1] == ""
     assert read_setting("seed=1\nrl.steps=2") == ("seed", "1\nrl.steps=2")  # not the half of it
     for wrong in ("rl.steps", "=5", "  =5"):
-        with pytest.raises(BadInput, match="must look like rl.steps=50"):
+        with pytest.raises(BadInput, match=r"must look like rl\.steps=50"):
             read_setting(wrong)
     assert load(TINY, {"rl.steps": 7, "puzzles.chain.dials.steps": [2, 3]}).puzzles["chain"].dials == {"steps": [2, 3]}
     with pytest.raises(BadInput, match="seed is not a table"):

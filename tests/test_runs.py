@@ -78,9 +78,7 @@ except OSError as error:
 
 def test_a_write_that_fails_halfway_leaves_no_half_file(tmp_path: Path) -> None:
     """The limit lets the first bytes through, as a disk does that fills up."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path)], check=False, capture_output=True, text=True, timeout=30
-    )
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], check=False, capture_output=True, text=True, timeout=30)
     assert done.stdout.split() == [str(errno.EFBIG)] * 2, done.stderr
     assert names(tmp_path) == {"m.jsonl"}
     assert (tmp_path / "m.jsonl").read_bytes().endswith(b"}\n")
@@ -118,9 +116,7 @@ def test_done(tmp_path: Path) -> None:
 def test_second_run_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     code = "import sys; from pascaline.runs import Lock\nwith Lock(sys.argv[1]): print('in', flush=True); input()"
     folder = tmp_path / "runs" / "demo"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "in\n"
         with pytest.raises(BadInput, match=f"{folder} is in use by process {other.pid}"), Lock(folder):
             pass
@@ -215,9 +211,7 @@ def test_lineage(tmp_path: Path) -> None:
 def test_commit_is_this_source_tree_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-        return subprocess.run(
-            ["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True, text=True
-        ).stdout
+        return subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True, text=True).stdout
 
     source = tmp_path / "runs.py"
     source.write_text("1")

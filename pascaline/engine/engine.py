@@ -83,6 +83,8 @@ class Engine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[list[Output]]:
         """For each prompt, sampling.n answers. The same seed gives the same answers whatever else is in the batch (up to the
         rounding of matmuls of another shape). BadInput if a prompt leaves no room in the model's context."""
+        if isinstance(prompts, str):
+            raise BadInput("generate takes a list of prompts; put this one in brackets.")
         sampling = sampling or Sampling()
         requests = [self.requests(prompt, sampling, index) for index, prompt in enumerate(prompts)]
         self.waiting.extend(r for group in requests for r in group)

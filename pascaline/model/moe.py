@@ -128,7 +128,7 @@ class Experts(nn.Module):
 
     def by_grouped_mm(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor, load_E: Tensor) -> Tensor:
         """Sorted tokens through PyTorch's grouped matmul: no padding; the path for CUDA."""
-        n, K = index_nK.shape
+        K = index_nK.shape[1]
         order = index_nK.flatten().argsort(stable=True)
         ends = load_E.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(x_nD[order // K], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
@@ -177,12 +177,21 @@ class MoE(nn.Module):
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, D] -> [B, T, D] and the load [E]: how many (token, k) pairs each expert got."""
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, T, D] -> [B, T, D] and the load [E]: how many (token, k) pairs each expert got.
+
+        real_BT: False for padding, whose output does not matter. Alike as it is, it would all go to the same few experts; it is dealt
+        out evenly instead and not counted.
+        """
         x_nD = x_BTD.flatten(0, -2)
         weight_nK, index_nK = self.gate(x_nD)
-        load_E = torch.bincount(index_nK.flatten(), minlength=len(self.gate.weight))
-        y = self.experts(x_nD, weight_nK, index_nK, load_E)
+        load_E = work_E = torch.bincount(index_nK.flatten(), minlength=len(self.gate.weight))
+        if real_BT is not None:
+            dealt = torch.arange(index_nK.numel(), device=x_nD.device).view_as(index_nK) % len(load_E)
+            load_E = torch.bincount(index_nK[real_BT.flatten()].flatten(), minlength=len(load_E))
+            index_nK = torch.where(real_BT.view(-1, 1), index_nK, dealt)
+            work_E = torch.bincount(index_nK.flatten(), minlength=len(load_E))
+        y = self.experts(x_nD, weight_nK, index_nK, work_E)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x_nD)
         return y.view_as(x_BTD), load_E

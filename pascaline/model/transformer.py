@@ -19,11 +19,13 @@ from pascaline.model.rope import angles
 
 @dataclass
 class View:
-    """What every layer of one forward shares: rotary angles, the mask among the new tokens, the cache."""
+    """What every layer of one forward shares: rotary angles, the mask among the new tokens, the cache, and which tokens are no
+    padding (None: all)."""
 
     turn: tuple[Tensor, Tensor]
     mask_BTT: Tensor
     cache: Cache | None
+    real_BT: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -40,8 +42,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, view: View) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] -> [B, T, D] and, for an expert layer, its load [E]."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view.turn, view.mask_BTT, view.cache)
-        y = self.mlp(self.post_attention_layernorm(x_BTD))
-        y, load = y if isinstance(y, tuple) else (y, None)
+        normed = self.post_attention_layernorm(x_BTD)
+        y, load = self.mlp(normed, view.real_BT) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
         return x_BTD + y, load
 
 
@@ -114,7 +116,8 @@ class Model(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(T, device=tokens_BT.device).expand(B, T)
         turn = angles(self.config.rope, self.config.qk_rope_head_dim, positions_BT)
-        return View(turn, visible(document_ids_BT, B, T, tokens_BT.device, self.dtype), cache)
+        real = None if document_ids_BT is None else document_ids_BT >= 0
+        return View(turn, visible(document_ids_BT, B, T, tokens_BT.device, self.dtype), cache, real)
 
     def mtp_hidden(
         self, hidden_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None

@@ -108,7 +108,9 @@ def report(run: Run) -> dict[str, Any]:
     for name in STAGES:
         summary = read_json(run.folder(name) / "done.json") or {}
         facts = measured.get(name, {})
-        rows.append({"name": name, **{k: facts.get(k) for k in keys}, "seconds": summary.get("seconds"), "flops": summary.get("flops", 0.0)})
+        rows.append(
+            {"name": name, **{k: facts.get(k) for k in keys}, "seconds": summary.get("seconds"), "flops": summary.get("flops", 0.0)}
+        )
     protocols = [
         {"model": name.split("-")[0], **{k: v for k, v in part.items() if k not in ("by_problem", "examples", "flops")}}
         for name, part in parts.items()
@@ -116,10 +118,12 @@ def report(run: Run) -> dict[str, Any]:
     ]
     before, after = parts["sft-votes"], parts["rl-votes"]
     gain, low, high = passk.paired_difference(measured["rl"]["by_problem"], measured["sft"]["by_problem"])
-    examples = [
-        {"prompt": a["prompt"], "before": {k: b[k] for k in ("thought", "answer", "verdict")}, "after": {k: a[k] for k in ("thought", "answer", "verdict")}}
-        for b, a in zip(measured["sft"]["examples"], measured["rl"]["examples"], strict=True)
-    ]  # fmt: skip
+
+    def said(example: dict[str, Any]) -> dict[str, Any]:
+        return {k: example[k] for k in ("thought", "answer", "verdict")}
+
+    pairs = zip(measured["sft"]["examples"], measured["rl"]["examples"], strict=True)
+    examples = [{"prompt": a["prompt"], "before": said(b), "after": said(a)} for b, a in pairs]
 
     def curve(kind: str) -> list[dict[str, Any]]:
         return [{"k": k, "accuracy": a, "before": b} for k, a, b in zip(after["k"], after[kind], before[kind], strict=True)]

@@ -20,7 +20,7 @@ def advantages(reward_Gn: np.ndarray, right_Gn: np.ndarray) -> tuple[np.ndarray,
     A group is flat when its answers are all right or none is: it carries no gradient. What counts is the verdict, not the shaped
     reward, or a group without any right answer would teach nothing but to give up (verl-recipe #125).
     """
-    flat_G = right_Gn.all(1) | ~right_Gn.any(1)
+    flat_G: np.ndarray = np.all(right_Gn, axis=1) | ~np.any(right_Gn, axis=1)
     centred = reward_Gn - reward_Gn.mean(1, keepdims=True)
     advantage = centred / (reward_Gn.std(1, keepdims=True) + 1e-6)
     return np.where(flat_G[:, None], 0.0, advantage), flat_G

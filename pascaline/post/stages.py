@@ -57,16 +57,20 @@ def corpus(run: Run) -> dict[str, Any]:
     recipe, folder = run.recipe, run.folder("corpus")
     excluded: list[dict[str, Any]] = []
     counts: dict[str, list[int]] = {}
-    with atomic_path(folder / "documents.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file, Interrupt() as interrupt:
-        with run.progress("corpus", None, "document") as progress:
-            for i, (text, source, name) in enumerate(_texts(recipe, excluded.append)):
-                count = counts.setdefault(source, [0, 0])
-                count[0] += 1
-                count[1] += len(text.encode())
-                file.write(json.dumps({"text": text, "source": source, "id": name}) + "\n")
-                progress.update(i + 1, source=source)
-                if interrupt.requested:
-                    raise Stopped("stopped while gathering the corpus")
+    with (
+        atomic_path(folder / "documents.jsonl") as temporary,
+        open(temporary, "w", encoding="utf-8") as file,
+        run.progress("corpus", None, "document") as progress,
+        Interrupt() as interrupt,
+    ):
+        for i, (text, source, name) in enumerate(_texts(recipe, excluded.append)):
+            count = counts.setdefault(source, [0, 0])
+            count[0] += 1
+            count[1] += len(text.encode())
+            file.write(json.dumps({"text": text, "source": source, "id": name}) + "\n")
+            progress.update(i + 1, source=source)
+            if interrupt.requested:
+                raise Stopped("stopped while gathering the corpus")
     write_atomic(folder / "excluded.jsonl", "".join(json.dumps(e) + "\n" for e in excluded))
     lines = [f"| {source} | {n:,} | {size:,} |" for source, (n, size) in counts.items()]
     reasons: dict[str, int] = {}

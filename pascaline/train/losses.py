@@ -42,7 +42,7 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     """This micro-batch's share of the step's loss (a scalar with gradient), detached parts to log (shares that add up over the
     micro-batches), and expert loads [L, E] with the MTP modules' routers last."""
     hidden, loads = model.hidden(batch.tokens, batch.positions, batch.document_ids)
-    weights = {n: batch.streams[n][:, 1:].flatten() for n in WEIGHTS if total.get(n)}
+    weights = {n: batch.streams[n][:, 1:].flatten() for n in WEIGHTS if total.get(n) and n in batch.streams}
     keep = torch.stack(list(weights.values())).ne(0).any(0).nonzero().squeeze(1)
     target = batch.tokens[:, 1:].flatten()[keep]
     logprob, entropy = token_logprobs(hidden[:, :-1].flatten(0, 1).index_select(0, keep), model.head_weight, target)

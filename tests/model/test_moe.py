@@ -278,3 +278,15 @@ def test_balancing_evens_out_a_collapsed_router():
     for _ in range(300):
         found.balance(torch.bincount(found(x)[1].flatten(), minlength=E), 0.01)
     assert before > 2.5 and violation() < 1.5
+
+
+def test_padding_is_not_counted_and_does_not_crowd_an_expert():
+    model = tiny_model()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    tokens[:, 20:] = 2
+    documents = torch.zeros(2, 40, dtype=torch.long)
+    documents[:, 20:] = -1
+    hidden, loads = model.hidden(tokens, document_ids_BT=documents)
+    alone, loads_alone = model.hidden(tokens[:, :20])
+    assert torch.allclose(hidden[:, :20], alone, atol=1e-5)
+    assert torch.equal(loads, loads_alone)

@@ -251,7 +251,7 @@ def test_kill_9_anywhere_changes_nothing(coin_run: Path, tmp_path: Path) -> None
         code, _, err = running.wait()
         assert code in (0, -signal.SIGKILL), err
         kills += code != 0
-    code, said, err = forked.call(tmp_path, "run", COIN, "--out", out)
+    code, _, err = forked.call(tmp_path, "run", COIN, "--out", out)
     assert code == 0 and kills >= 7, err
     assert same(out, coin_run) and not litter(out)
     for name in ("03-pretrain", "04-sft", "05-rl"):

@@ -46,9 +46,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
 
 
 @pytest.mark.parametrize("name", ["tiny", "laptop"])
-def test_training_never_draws_a_held_out_problem(
-    name: str, drawn: list[Problem], tiny_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_never_draws_a_held_out_problem(name: str, drawn: list[Problem], tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load(RECIPES / f"{name}.toml")
     for puzzle in recipe.puzzles:  # what is drawn matters here, not what is written about it
         monkeypatch.setattr(puzzles.get(puzzle), "trace", lambda problem, rng, **_: Trace("", problem.key))
@@ -97,4 +95,3 @@ def test_sft_problems_are_other_draws_than_the_corpus(drawn: list[Problem], tiny
     chats = [p.key for p in drawn]
     corpus = [puzzles.problems(n, t.examples, recipe.seed, held_out=False, **t.dials) for n, t in recipe.puzzles.items()]
     assert chats != [p.key for problems in corpus for p in problems]
-
