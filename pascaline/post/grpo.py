@@ -8,10 +8,13 @@ import numpy as np
 from pascaline.data.puzzles import Verdict
 
 
-def rewards(verdicts: list[list[Verdict]], wrong: float) -> np.ndarray:
-    """[G, n]: 1 for right, 0 for giving up, `wrong` (0 or less) for a false claim."""
+def rewards(verdicts: list[list[Verdict]], cut: np.ndarray, wrong: float) -> np.ndarray:
+    """[G, n]: 1 for right, 0 for giving up, `wrong` (0 or less) for a false claim.
+
+    An answer cut off at the token limit (`cut` [G, n]) earns 0: charging for it teaches to give up early (docs/log.md).
+    """
     value = {Verdict.RIGHT: 1.0, Verdict.ABSTAIN: 0.0, Verdict.WRONG: wrong}
-    return np.array([[value[v] for v in group] for group in verdicts])
+    return np.where(cut, 0.0, np.array([[value[v] for v in group] for group in verdicts]))
 
 
 def advantages(reward_Gn: np.ndarray, right_Gn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

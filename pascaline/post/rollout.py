@@ -43,7 +43,8 @@ class Rollouts:
         spent = self.engine.generated + self.engine.prefilled - before
         verdicts = [[verdict(p, o) for o in group] for p, group in zip(problems, outputs, strict=True)]
         right = np.array([[v is Verdict.RIGHT for v in group] for group in verdicts])
-        reward = grpo.rewards(verdicts, self.rl.wrong_reward)
+        cut = np.array([[o.finish_reason == "length" for o in group] for group in outputs])
+        reward = grpo.rewards(verdicts, cut, self.rl.wrong_reward)
         advantage, flat = grpo.advantages(reward, right)
         self.facts = {**_facts(outputs, verdicts), "reward": float(reward.mean()), "flat_groups": int(flat.sum()),
                       "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token}  # fmt: skip

@@ -243,6 +243,7 @@ def test_kill_9_anywhere_changes_nothing(coin_run: Path, tmp_path: Path) -> None
         lambda: (out / "model").exists() or (out / ".model.pascaline-tmp").exists(),
     ]
     kills = 0
+    kept: dict[Path, tuple[int, int]] = {}
     for moment in moments:
         running = forked.start(tmp_path, "run", COIN, "--out", out)
         _until(moment, running.process.is_alive)
@@ -251,8 +252,10 @@ def test_kill_9_anywhere_changes_nothing(coin_run: Path, tmp_path: Path) -> None
         code, _, err = running.wait()
         assert code in (0, -signal.SIGKILL), err
         kills += code != 0
+        kept = files(out / "06-eval" / "parts") | kept
     code, _, err = forked.call(tmp_path, "run", COIN, "--out", out)
     assert code == 0 and kills >= 7, err
+    assert len(kept) > 4 and kept.items() <= files(out / "06-eval" / "parts").items()  # measured once
     assert same(out, coin_run) and not litter(out)
     for name in ("03-pretrain", "04-sft", "05-rl"):
         rows = [Metrics.read(folder / name / "metrics.jsonl") for folder in (out, coin_run)]

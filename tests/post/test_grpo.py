@@ -24,14 +24,21 @@ def by_hand(group: list[float]) -> list[float]:
     return [(r - mean) / deviation for r in group]
 
 
+def whole(groups: list[list[Verdict]], wrong: float) -> np.ndarray:
+    """Rewards of answers none of which was cut off."""
+    return rewards(groups, np.zeros((len(groups), len(groups[0])), bool), wrong)
+
+
 def test_rewards() -> None:
-    assert rewards([[R, W], [A, R]], -0.25).tolist() == [[1.0, -0.25], [0.0, 1.0]]
-    assert rewards([[R, W], [A, R]], 0.0).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert whole([[R, W], [A, R]], -0.25).tolist() == [[1.0, -0.25], [0.0, 1.0]]
+    assert whole([[R, W], [A, R]], 0.0).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    cut = np.array([[False, True], [False, False]])
+    assert rewards([[R, W], [A, R]], cut, -0.25).tolist() == [[1.0, 0.0], [0.0, 1.0]]  # cut off is not a false claim
 
 
 @given(groups=GROUPS, wrong=st.sampled_from([0.0, -0.1, -0.5, -1.0]))
 def test_advantages_are_the_standardised_rewards_of_groups_with_both_kinds(groups: list[list[Verdict]], wrong: float) -> None:
-    found, flat = advantages(rewards(groups, wrong), right(groups))
+    found, flat = advantages(whole(groups, wrong), right(groups))
     worth = {R: 1.0, A: 0.0, W: wrong}
     for group, row, is_flat in zip(groups, found, flat, strict=True):
         assert is_flat == (R not in group or set(group) == {R})
@@ -47,14 +54,14 @@ def test_advantages_are_the_standardised_rewards_of_groups_with_both_kinds(group
 @pytest.mark.parametrize("wrong", [0.0, -0.2, -1.0])
 def test_a_group_without_a_right_and_another_answer_carries_no_gradient(group: list[Verdict], wrong: float) -> None:
     """Whatever false claims cost: a group that is nowhere right must not teach to give up."""
-    found, flat = advantages(rewards([group], wrong), right([group]))
+    found, flat = advantages(whole([group], wrong), right([group]))
     assert flat.tolist() == [True] and not found.any()
 
 
 def test_groups_do_not_see_each_other() -> None:
     groups = [[R, W, W, W], [R, R, R, W], [R, A, W, W]]
-    together, _ = advantages(rewards(groups, -0.5), right(groups))
+    together, _ = advantages(whole(groups, -0.5), right(groups))
     for group, row in zip(groups, together, strict=True):
-        alone, _ = advantages(rewards([group], -0.5), right([group]))
+        alone, _ = advantages(whole([group], -0.5), right([group]))
         assert (alone[0] == row).all()
     assert together[2, 1] > together[2, 2]  # giving up is worth more than a false claim

@@ -128,6 +128,15 @@ def test_a_step_without_a_signal_is_empty_and_says_so(engine: Recorded, coin_run
     assert source.facts["rollout_tokens"] > 0 and source.facts["truncated"] + source.facts["false_claim"] == 1
 
 
+def test_a_false_claim_costs_and_an_answer_that_was_cut_off_does_not(engine: Recorded, coin_run: Path) -> None:
+    for limit in (2, 12):
+        source = rollouts(engine, coin_run, max_tokens=limit, wrong_reward=-0.5)
+        source.step(0)
+        facts = source.facts
+        assert facts["reward"] == pytest.approx(facts["accuracy"] - 0.5 * facts["false_claim"])
+        assert facts["truncated" if limit == 2 else "false_claim"] > 0.2
+
+
 def test_an_answer_longer_than_a_row_gets_a_longer_row(engine: Recorded, coin_run: Path) -> None:
     found = rollouts(engine, coin_run, sequence_length=8, micro_tokens=8).step(0)
     assert found and all(batch.tokens.shape[1] > 8 for batch in found)
