@@ -32,7 +32,9 @@ def theirs(dtype: torch.dtype, tokens: torch.Tensor) -> Callable[[], int]:
     def work() -> int:
         mask = torch.ones_like(tokens)
         with torch.inference_mode():
-            out = model.generate(tokens, attention_mask=mask, do_sample=True, top_k=0, temperature=1.0, top_p=1.0, min_new_tokens=NEW, max_new_tokens=NEW)
+            out = model.generate(
+                tokens, attention_mask=mask, do_sample=True, top_k=0, temperature=1.0, top_p=1.0, min_new_tokens=NEW, max_new_tokens=NEW
+            )
         return (out.shape[1] - tokens.shape[1]) * len(tokens)
 
     return work
@@ -58,7 +60,9 @@ def main() -> None:
     for size in BATCHES:
         tokens = torch.randint(0, CONFIG.vocab_size, (size, PROMPT), generator=torch.Generator().manual_seed(0))
         makers = {"pascaline": ours, "transformers": theirs}
-        rates = alternate({f"{who} {name}": make(dtype, tokens) for name, dtype in DTYPES.items() for who, make in makers.items()}, options.rounds)
+        rates = alternate(
+            {f"{who} {name}": make(dtype, tokens) for name, dtype in DTYPES.items() for who, make in makers.items()}, options.rounds
+        )
         (mine, fast), (peer, slow) = best(rates, "pascaline"), best(rates, "transformers")
         result["ratio"][str(size)] = fast / slow
         result["tokens_per_s"][str(size)] = {"pascaline": fast, "transformers": slow}

@@ -10,14 +10,12 @@ import pascaline
 
 def row(report: dict[str, Any]) -> dict[str, Any]:
     """One seed's line: protocol -> [before, after], the paired gain, the length, the minutes."""
-    main = report["protocols"][0]["puzzle"] if report["protocols"] else "countdown"
     protocols = {(p["model"], p["temperature"]): p for p in report["protocols"] if p["puzzle"] == "countdown"}
     temperatures = sorted({t for _, t in protocols}, reverse=True)
     stages = {s["name"]: s for s in report["stages"]}
     keys = ("accuracy", "accuracy_low", "accuracy_high")
     return {
         "seed": report["seed"],
-        "puzzle": main,
         "gain": report["gain"],
         "accuracy": {f"{t:g}": {m: [round(protocols[m, t][k], 4) for k in keys] for m in ("sft", "rl")} for t in temperatures},
         "false_claim": {m: protocols[m, 0.6]["false_claim"] for m in ("sft", "rl")},

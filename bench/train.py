@@ -55,7 +55,9 @@ def main() -> None:
     options = arguments(__doc__ or "", rounds=5)
     tokens = torch.randint(0, CONFIG.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     makers = {"pascaline": ours, "transformers": theirs}
-    rates = alternate({f"{who} {name}": make(dtype, tokens) for name, dtype in DTYPES.items() for who, make in makers.items()}, options.rounds, 3.0)
+    rates = alternate(
+        {f"{who} {name}": make(dtype, tokens) for name, dtype in DTYPES.items() for who, make in makers.items()}, options.rounds, 3.0
+    )
     (mine, fast), (peer, slow) = best(rates, "pascaline"), best(rates, "transformers")
     model, _ = twins()
     peak = measure()[mine.split()[1]] * 1e9

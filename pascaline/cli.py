@@ -1,7 +1,9 @@
 """The command line. Each verb is a few lines that call a room; heavy imports wait until a verb needs them."""
 
 import json
+import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -9,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from pascaline.errors import BadInput
+from pascaline.stopping import Stopped
 
 app = typer.Typer(
     help="From raw text to a language model that reasons out loud: train, evaluate, chat.",
@@ -59,8 +62,9 @@ def _show(report: dict[str, Any], out: Path, done: bool) -> None:
             print(f"  {name} [{said['verdict']}]")
             thought = printable(said["thought"]).splitlines()
             print("".join(f"    | {line}\n" for line in thought) + f"    = {printable(said['answer']) or '(no answer)'}")
-    again = f"pascaline run {out / 'recipe.toml'} --out {out}-2 --set seed=2"
-    print(f"\nGo on with:\n  pascaline chat {out}/model\n  pascaline report {out}\n  {again}")
+    program = "pascaline" if shutil.which("pascaline") else os.path.relpath(sys.argv[0])
+    again = f"{program} run {out / 'recipe.toml'} --out {out}-2 --set seed=2"
+    print(f"\nGo on with:\n  {program} chat {out}/model\n  {program} report {out}\n  {again}")
 
 
 @app.command()
@@ -147,11 +151,11 @@ def main() -> NoReturn:
         raise
     except BadInput as e:
         _stop(2, str(e))
+    except Stopped as e:
+        _stop(130, f"{e}; run the same command to go on.")
     except Exception as e:
         from pascaline.runs import disk_full
 
-        if type(e).__name__ == "Stopped":  # by name: its module imports torch
-            _stop(130, f"{e}; run the same command to go on.")
         if disk_full(e):
             place = getattr(e, "filename", None) or "a file"
             _stop(2, f"no space left on the device while writing {place}; free some and run the same command again.")

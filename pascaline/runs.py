@@ -15,13 +15,9 @@ import platform
 import re
 import secrets
 import shutil
-import signal
 import subprocess
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, Self
 
 from pascaline.errors import BadInput
@@ -353,53 +349,3 @@ def lineage(
     told |= facts
     write_json(Path(folder) / "lineage.json", told)
     return told
-
-
-# ---- stopping --------------------------------------------------------------------------------------------------------
-
-
-class Interrupt:
-    """`with Interrupt() as stop:` SIGINT and SIGTERM set `stop.requested`, which loops poll at step borders.
-
-    A second Ctrl-C raises KeyboardInterrupt. Outside the main thread nothing is installed; a signal that the parent
-    told us to ignore (nohup) stays ignored. Nested uses all see the request.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._since = 0.0
-        self._pid = os.getpid()
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before.clear()
-
-    def request(self) -> None:
-        """Ask the loop, and those around it, to stop at the next border."""
-        if not self.requested:
-            self.requested, self._since = True, time.monotonic()
-        for handler in self._before.values():
-            outer = getattr(handler, "__self__", None)
-            if isinstance(outer, Interrupt):
-                outer.request()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a forked worker polls nothing; let the signal end it as it would have
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        # `timeout` signals the process and then its group, so the same wish may come twice within a moment.
-        if self.requested and number == signal.SIGINT and time.monotonic() - self._since > 0.1:
-            raise KeyboardInterrupt
-        if not self.requested and os.isatty(2):
-            os.write(2, b"\nstopping at the next step; Ctrl-C again stops at once\n")  # print is not safe in a handler
-        self.request()

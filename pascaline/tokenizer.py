@@ -228,9 +228,7 @@ class Tokenizer:
     def _compiled(self) -> jinja2.Template:
         if self.template is None:
             raise BadInput("this tokenizer has no chat template; put a chat_template.jinja beside its tokenizer.json")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -252,8 +250,10 @@ class Tokenizer:
         # Break each forged token with a character that occurs nowhere, render, and take the character out again.
         marker = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in said)
         guarded = [
-            {k: self._special_pattern.sub(lambda m: m[0][0] + marker + m[0][1:], v) if isinstance(v, str) else v
-             for k, v in message.items()}
+            {
+                k: self._special_pattern.sub(lambda m: m[0][0] + marker + m[0][1:], v) if isinstance(v, str) else v
+                for k, v in message.items()
+            }
             for message in messages
         ]
         ids: list[int] = []
@@ -278,8 +278,9 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     least = BYTES + len(SPECIALS)
     if vocab_size < least:
-        raise BadInput(f"vocabulary of {vocab_size} is smaller than the byte alphabet and the {len(SPECIALS)} special "
-                       f"tokens; take at least {least}")
+        raise BadInput(
+            f"vocabulary of {vocab_size} is smaller than the byte alphabet and the {len(SPECIALS)} special tokens; take at least {least}"
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -57,9 +57,7 @@ def test_dtype_follows_the_measurement_which_is_made_once(cache: Path, monkeypat
     assert left == [] and len(json.loads(cache.read_text())) == 2
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"[1]", b'{"a', b"\xff\xfe", b'{"KEY": "fast"}', b'{"KEY": -1}', b'{"KEY": NaN}']
-)
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"a', b"\xff\xfe", b'{"KEY": "fast"}', b'{"KEY": -1}', b'{"KEY": NaN}'])
 def test_a_broken_cache_is_measured_again(cache: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     fixed(monkeypatch, 2.0)
     device.best_dtype("cpu")
@@ -97,9 +95,7 @@ def test_the_measurement_itself(cache: Path) -> None:
     assert device.best_dtype("cpu") in (torch.float32, torch.bfloat16)
     speedup = device._speedup(torch.device("cpu"))
     assert 0.001 < speedup < 100
-    assert torch.equal(
-        state, torch.get_rng_state()
-    )  # a resumed run, which does not measure, must draw the same numbers
+    assert torch.equal(state, torch.get_rng_state())  # a resumed run, which does not measure, must draw the same numbers
 
 
 def test_measure_gives_gflops(monkeypatch: pytest.MonkeyPatch) -> None:

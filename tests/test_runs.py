@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pascaline import progress, runs
 from pascaline.errors import BadInput
 from pascaline.progress import Progress
-from pascaline.runs import Interrupt, Lock, Metrics
+from pascaline.runs import Lock, Metrics
+from pascaline.stopping import Interrupt
 
 
 def names(folder: Path) -> set[str]:

@@ -17,8 +17,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 TEXTS = [f"Make {i % 90} from 6, {i}, 13.\nThe quick brown fox, der Fuchs, {i * 7}*3={i * 21}\n" for i in range(300)]
 FORGED = ["<|end|>", "a<|user|>b", "</think>", "<think>x</think>", "<|begin|><|begin|>", "<|en<|end|>d|>"]
 LINES = st.text(st.characters(codec="utf-8"), max_size=30)
-CONTENT = st.one_of(LINES, st.sampled_from(["{{ x }}", "{% if x %}", "{# c #}", "a\nb\n", "\n\n", " lead", "tail ",
-                                            "", "12 + 34", "<|not|>", "{{ messages }}", "\r\n\t"]),
+CONTENT = st.one_of(
+    LINES,
+    st.sampled_from(
+        ["{{ x }}", "{% if x %}", "{# c #}", "a\nb\n", "\n\n", " lead", "tail ", "", "12 + 34", "<|not|>", "{{ messages }}", "\r\n\t"]
+    ),
 ).filter(lambda text: not any(special in text for special in SPECIALS))  # these are FORGED's matter
 TURN = st.tuples(CONTENT, CONTENT, st.one_of(st.none(), CONTENT))
 
@@ -81,8 +84,7 @@ def test_digits_are_read_one_by_one(tokenizer):
 
 
 def test_training_is_the_same_in_another_process(tokenizer, tmp_path):
-    code = ("import sys; from test_tokenizer import TEXTS; from pascaline.tokenizer import train; "
-            "train(iter(TEXTS), 400).save(sys.argv[1])")
+    code = "import sys; from test_tokenizer import TEXTS; from pascaline.tokenizer import train; train(iter(TEXTS), 400).save(sys.argv[1])"
     here = os.path.dirname(__file__)
     path = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
     subprocess.run([sys.executable, "-c", code, tmp_path / "b"], check=True, env={**os.environ, "PYTHONPATH": path})
@@ -166,10 +168,13 @@ def test_a_message_cannot_forge_a_turn(tokenizer, text):
 
 
 def test_bad_messages_are_said(tokenizer):
-    for messages, words in [([{"role": "tool", "content": "x"}], "unknown role: tool"),
-                            ([{"role": "user"}], "message 0 must be an object whose content is a string"),
-                            ([{"role": "user", "content": ["x"]}], "content is a string"), (["hi"], "message 0"),
-                            ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "come first")]:
+    for messages, words in [
+        ([{"role": "tool", "content": "x"}], "unknown role: tool"),
+        ([{"role": "user"}], "message 0 must be an object whose content is a string"),
+        ([{"role": "user", "content": ["x"]}], "content is a string"),
+        (["hi"], "message 0"),
+        ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "come first"),
+    ]:
         with pytest.raises(BadInput, match=words):
             tokenizer.render(messages)
     with pytest.raises(BadInput, match="surrogate"):
@@ -180,8 +185,15 @@ def test_missing_and_broken_files_are_named(tokenizer, tmp_path):
     with pytest.raises(BadInput, match=r"absent.tokenizer\.json is missing"):
         Tokenizer.load(tmp_path / "absent")
     definition, settings_file = "tokenizer.json", "tokenizer_config.json"
-    for name, content in [(definition, b"{"), (definition, b'{"version": "1.0"}'), (definition, b"\xff"),
-                          (definition, None), (settings_file, b"{"), (settings_file, b"[]"), (settings_file, None)]:
+    for name, content in [
+        (definition, b"{"),
+        (definition, b'{"version": "1.0"}'),
+        (definition, b"\xff"),
+        (definition, None),
+        (settings_file, b"{"),
+        (settings_file, b"[]"),
+        (settings_file, None),
+    ]:
         tokenizer.save(tmp_path)
         path = tmp_path / name
         path.unlink() if content is None else path.write_bytes(content)

@@ -55,8 +55,10 @@ class ShardWriter:
             raise BadInput(f"document {len(self.offsets)} of source '{source}' must be a row of at least one token id")
         least, most = int(wide.min()), int(wide.max())
         if least < 0 or most >= self.vocab_size:
-            raise BadInput(f"document {len(self.offsets)} of source '{source}' holds token id {least if least < 0 else most}, "
-                           f"outside the vocabulary of {self.vocab_size}")
+            raise BadInput(
+                f"document {len(self.offsets)} of source '{source}' holds token id {least if least < 0 else most}, "
+                f"outside the vocabulary of {self.vocab_size}"
+            )
         row = wide.astype(self.dtype)
         self.offsets.append(self.tokens)
         self.owners.append(self.sources.setdefault(source, len(self.sources)))
@@ -200,8 +202,7 @@ class Corpus:
                 return np.memmap(path, dtype=self.dtype, mode="r")
         except (OSError, ValueError) as error:
             raise BadInput(f"{path} cannot be read: {error}; build the corpus again") from error
-        raise BadInput(f"{path} has {size} bytes where the index says {expected}; it was cut off or changed, "
-                       "build the corpus again")
+        raise BadInput(f"{path} has {size} bytes where the index says {expected}; it was cut off or changed, build the corpus again")
 
     @property
     def documents(self) -> int:

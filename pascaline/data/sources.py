@@ -18,9 +18,7 @@ from pascaline.errors import BadInput, nearest
 
 STDLIB = "stdlib"
 # Not text worth learning from: tests of everything, other people's packages, tables of code points, a dead parser.
-STDLIB_SKIPS = frozenset(
-    {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3", "encodings"}
-)
+STDLIB_SKIPS = frozenset({"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3", "encodings"})
 WHOLE = (".txt", ".md", ".py")  # one text, cut into pieces at line ends
 SUFFIXES = (*WHOLE, ".jsonl", ".parquet")
 PIECE = 16_384  # bytes; a longer text is cut so that no document is endless
@@ -93,8 +91,10 @@ def _drawn(places: list[tuple[str, Path]], max_bytes: int | None, excluded: Excl
             yield document
     if not total:
         because = f"; for one, {skipped[0]['id']} was left out ({skipped[0]['filter']})" if skipped else ""
-        raise BadInput(f"corpus sources {[source for source, _ in places]} give an empty corpus{because}; "
-                       f"name files or folders with {', '.join(SUFFIXES)}")
+        raise BadInput(
+            f"corpus sources {[source for source, _ in places]} give an empty corpus{because}; "
+            f"name files or folders with {', '.join(SUFFIXES)}"
+        )
 
 
 def _stdlib(root: Path, excluded: Excluded) -> Iterator[Document]:

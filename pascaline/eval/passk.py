@@ -32,9 +32,7 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> NDArray[np.float64]:
     return np.asarray(values, dtype=np.float64)[where.ravel()].reshape(drawn.shape)
 
 
-def majority(
-    answers: Sequence[Sequence[Hashable | None]], right: Sequence[Sequence[bool]], k: int, seed: int = 0
-) -> float:
+def majority(answers: Sequence[Sequence[Hashable | None]], right: Sequence[Sequence[bool]], k: int, seed: int = 0) -> float:
     """Mean over problems of `majority_by_problem`: the accuracy to expect from a vote among k samples."""
     return float(np.mean(majority_by_problem(answers, right, k, seed)))
 
@@ -51,9 +49,7 @@ def majority_by_problem(
     Language Models", section 2 (unweighted vote).
     """
     if not answers or len(answers) != len(right):
-        raise BadInput(
-            f"a majority vote needs a verdict list per problem, got {len(answers)} problems, {len(right)} lists"
-        )
+        raise BadInput(f"a majority vote needs a verdict list per problem, got {len(answers)} problems, {len(right)} lists")
     rng = np.random.default_rng(seed)
     values = [_vote(given, judged, k, rng) for given, judged in zip(answers, right, strict=True)]
     return np.asarray(values, dtype=np.float64)
@@ -63,9 +59,7 @@ def _vote(given: Sequence[Hashable | None], judged: Sequence[bool], k: int, rng:
     """S subsets, N samples, A distinct answers: membership_SN @ is_NA counts the votes."""
     samples = len(given)
     if len(judged) != samples or not 1 <= k <= samples:
-        raise BadInput(
-            f"a vote among {k} needs 1 <= k <= samples, got {samples} answers and {len(judged)} verdicts on a problem"
-        )
+        raise BadInput(f"a vote among {k} needs 1 <= k <= samples, got {samples} answers and {len(judged)} verdicts on a problem")
     names = {answer: i for i, answer in enumerate(dict.fromkeys(a for a in given if a is not None))}
     if not names:
         return 0.0

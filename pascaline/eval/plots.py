@@ -87,9 +87,7 @@ def votes(points: Rows, title: str) -> str | None:
         return None
     figure, axes = _panel(title)
     k = column(points, "k")
-    axes.plot(
-        k, 100 * column(points, "accuracy"), color=BLUE, marker="o", markersize=4, linewidth=1.8, label="after RL"
-    )
+    axes.plot(k, 100 * column(points, "accuracy"), color=BLUE, marker="o", markersize=4, linewidth=1.8, label="after RL")
     if np.isfinite(column(points, "before")).any():
         before = 100 * column(points, "before")
         axes.plot(k, before, color=ORANGE, marker="s", markersize=4, linewidth=1.5, linestyle="--", label="before RL")

@@ -33,10 +33,7 @@ def report_html(report: Mapping[str, Any], curves: Curves) -> str:
 def table_text(report: Mapping[str, Any]) -> str:
     """The same numbers for a terminal: a row a stage, then a row a sampling protocol, then the gain."""
     head = ["stage", "accuracy", "95% interval", "n", "tokens", "time", "FLOPs"]
-    rows = [
-        [row["name"], *_accuracy(row), clock(row.get("seconds")), flops(row.get("flops"))]
-        for row in report.get("stages", [])
-    ]
+    rows = [[row["name"], *_accuracy(row), clock(row.get("seconds")), flops(row.get("flops"))] for row in report.get("stages", [])]
     parts = [_aligned([head, *rows])] if rows else []
     head = [
         "model",
@@ -117,10 +114,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns two spaces apart, the first to the left and numbers to the right, a rule below the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -140,9 +134,7 @@ def _sections(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str,
     flat = [row.get("flat_groups") or 0 for row in rl]
     groups = "groups per step" if max(flat, default=0) > 1 else "share of groups"
     trial = [
-        plots.curve(
-            rl, {"reward": "reward", "accuracy": "accuracy"}, "mean per rollout", "Reward and accuracy in training"
-        ),
+        plots.curve(rl, {"reward": "reward", "accuracy": "accuracy"}, "mean per rollout", "Reward and accuracy in training"),
         plots.curve(rl, {"response_tokens": "tokens"}, "tokens per response", "Response length"),
         plots.curve(rl, ends, "share of rollouts", "How the other rollouts end"),
         plots.curve(rl, {"entropy": "entropy"}, "entropy (nats per token)", "Entropy of the policy"),
@@ -151,9 +143,7 @@ def _sections(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str,
     experts = [
         plots.expert_load(pretrain, "After pre-training"),
         plots.expert_load(rl, "After RL"),
-        plots.curve(
-            pretrain, {"max_violation": "max"}, "max violation", "Balance in pre-training", x="tokens", width=0.02
-        ),
+        plots.curve(pretrain, {"max_violation": "max"}, "max violation", "Balance in pre-training", x="tokens", width=0.02),
     ]
     more = [
         plots.votes(report.get("majority") or [], "Majority vote among k samples"),

@@ -109,9 +109,7 @@ class Model(nn.Module):
         empty = torch.zeros(0, self.config.n_routed_experts, dtype=torch.long, device=x.device)
         return self.model.norm(x), torch.stack(loads) if loads else empty
 
-    def view(
-        self, tokens_BT: Tensor, positions_BT: Tensor | None, document_ids_BT: Tensor | None, cache: Cache | None = None
-    ) -> View:
+    def view(self, tokens_BT: Tensor, positions_BT: Tensor | None, document_ids_BT: Tensor | None, cache: Cache | None = None) -> View:
         B, T = tokens_BT.shape
         if positions_BT is None:
             positions_BT = torch.arange(T, device=tokens_BT.device).expand(B, T)

@@ -12,8 +12,9 @@ from pascaline.model import hf
 from pascaline.post.stages import PLAIN_ANSWER, Run
 from pascaline.post.verifiers import verdict
 from pascaline.recipe import STAGES
-from pascaline.runs import Interrupt, machine, read_json, versions, write_json
-from pascaline.train.loop import Stopped, active_parameters
+from pascaline.runs import machine, read_json, versions, write_json
+from pascaline.stopping import Interrupt, Stopped
+from pascaline.train.loop import active_parameters
 
 VOTES = (1, 2, 4, 8, 16, 32)
 EXAMPLES = 3
@@ -25,7 +26,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     plan = run.recipe.eval
     problems = tasks.held_out(plan.puzzles, run.recipe.puzzles, plan.problems, SEED)
     main = problems[plan.puzzles[0]]
-    protocols = [(plan.temperature, plan.top_p, plan.samples), (1.0, 1.0, plan.samples), (0.0, 1.0, 1)]
+    # R1's protocol is the headline; temperature 1 and greedy stand beside it unless the recipe's own temperature is one of them.
+    protocols = [(plan.temperature, plan.top_p, plan.samples)]
+    protocols += [(t, 1.0, 1) for t in (1.0, 0.0) if t != plan.temperature]
     pieces: list[tuple[str, str, Callable[[Engine], dict[str, Any]]]] = []
 
     def piece(model: str, name: str, work: Callable[[Engine], dict[str, Any]]) -> None:

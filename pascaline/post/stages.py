@@ -23,9 +23,10 @@ from pascaline.post.rollout import Rollouts
 from pascaline.post.sft import puzzle_samples
 from pascaline.progress import Progress
 from pascaline.recipe import STAGES, Pretrain, Recipe, Sft, Stage
-from pascaline.runs import Interrupt, atomic_path, lineage, write_atomic
+from pascaline.runs import atomic_path, lineage, write_atomic
+from pascaline.stopping import Interrupt, Stopped
 from pascaline.tokenizer import Tokenizer
-from pascaline.train.loop import Stopped, Trainer
+from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
 
 TOKENIZER_BYTES = 8_000_000  # of text to learn merges from; more changes little

@@ -6,7 +6,6 @@ its last checkpoint ends with the same bits.
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,14 +19,11 @@ from pascaline.model import hf
 from pascaline.model.transformer import Model
 from pascaline.progress import Progress
 from pascaline.recipe import Stage
-from pascaline.runs import Interrupt, Metrics
+from pascaline.runs import Metrics
+from pascaline.stopping import Interrupt, Stopped
 from pascaline.train import checkpoint, losses
 from pascaline.train.optim import Optimizer
 from pascaline.train.schedule import learning_rate
-
-
-class Stopped(Exception):
-    """The user asked to stop; everything up to a step is saved."""
 
 
 class Source(Protocol):
@@ -57,8 +53,8 @@ class Trainer:
         self.flops_per_token = 6.0 * active_parameters(model)
         self.totals = Totals()
 
-    def run(self, source: Source, steps: int, after: Callable[[], None] | None = None, quiet: bool = False) -> Totals:
-        """Resume if there is a checkpoint, train to the end, write folder/model. `after` runs once an update changed the weights.
+    def run(self, source: Source, steps: int, quiet: bool = False) -> Totals:
+        """Resume if there is a checkpoint, train to the end, write folder/model.
 
         Raises Stopped on SIGINT or SIGTERM once the step in progress is saved, BadInput on a non-finite loss or gradient.
         """
@@ -71,13 +67,13 @@ class Trainer:
             for step in range(first, steps):
                 began = time.perf_counter()
                 row = self._step(source, step, steps)
-                if after is not None:
-                    after()
                 seconds = time.perf_counter() - began
                 self.totals.seconds += seconds
                 row |= {"tokens_per_s": row["tokens"] / seconds, "seconds": self.totals.seconds}
                 metrics.append({"step": step, **row})
-                progress.update(step + 1, **{k: row[k] for k in ("reward", "accuracy", "response_tokens", "loss", "tokens_per_s") if k in row})
+                progress.update(
+                    step + 1, **{k: row[k] for k in ("reward", "accuracy", "response_tokens", "loss", "tokens_per_s") if k in row}
+                )
                 last = step + 1 == steps
                 if last or interrupt.requested or (step + 1) % self.stage.save_every == 0:
                     metrics.sync()
@@ -91,6 +87,8 @@ class Trainer:
         """One optimizer step; what to log of it."""
         batches = source.step(step)
         row: dict[str, Any] = {**source.facts, "tokens": sum(int((b.document_ids >= 0).sum()) for b in batches)}
+        self.totals.tokens += row["tokens"]
+        self.totals.flops += row["tokens"] * self.flops_per_token + row.get("rollout_flops", 0.0)
         if not batches:  # a rollout without any signal: nothing to learn from, said in the log
             return {**row, "loss": 0.0, "skipped": True}
         total = losses.totals(batches)
@@ -110,14 +108,12 @@ class Trainer:
         row["grad_norm"] = self.optimizer.step(row["lr"])
         if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
             raise BadInput(
-                f"{self.name} step {step}: the loss is {row['loss']:.3g} and the gradient norm {row['grad_norm']:.3g}; the weights of the last "
-                f"checkpoint are kept, lower {self.name}.lr (now {self.stage.lr:g}) or look at the data."
+                f"{self.name} step {step}: the loss is {row['loss']:.3g} and the gradient norm {row['grad_norm']:.3g}; the last "
+                f"checkpoint's weights are kept, lower {self.name}.lr (now {self.stage.lr:g}) or look at the data."
             )
         if self.stage.balance_rate:
             for router, load in zip(self.routers, load_LE, strict=False):  # the MTP modules', last, only run under their loss
                 router.balance(load, self.stage.balance_rate)
-        self.totals.tokens += row["tokens"]
-        self.totals.flops += row["tokens"] * self.flops_per_token + row.get("rollout_flops", 0.0)
         if load_LE.dim() == 2 and len(load_LE):
             share_LE = load_LE / load_LE.sum(1, keepdim=True)
             row["max_violation"] = float((share_LE * share_LE.shape[1]).max() - 1)  # MaxVio of arXiv 2408.15664

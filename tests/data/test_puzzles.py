@@ -18,8 +18,14 @@ from pascaline.data.puzzles import Problem, Verdict, chain, countdown
 from pascaline.data.puzzles.expression import evaluate
 from pascaline.errors import BadInput
 
-DIALS = [("countdown", {}), ("countdown", {"numbers": 4}), ("countdown", {"numbers": [3, 4], "largest": 30}),
-         ("chain", {}), ("chain", {"steps": 2}), ("chain", {"steps": [2, 5], "modulo": 50})]
+DIALS = [
+    ("countdown", {}),
+    ("countdown", {"numbers": 4}),
+    ("countdown", {"numbers": [3, 4], "largest": 30}),
+    ("chain", {}),
+    ("chain", {"steps": 2}),
+    ("chain", {"steps": [2, 5], "modulo": 50}),
+]
 
 
 def reference(text: str) -> tuple[Fraction, list[int]] | None:
@@ -150,9 +156,36 @@ def test_countdown_accepts_fractions_on_the_way_and_refuses_near_misses():
     problem = Problem("countdown", "", "", {"numbers": [6, 6, 13], "target": 12})
     assert countdown.verify(problem, "13-(6/6)") is Verdict.RIGHT
     assert countdown.verify(problem, "13 - 6/6") is Verdict.RIGHT
-    for wrong in ["13-(06/6)", "13-6/6=12", "12", "13-(6/6", "13-6/6)", "13-1", "6+6", "13-6/6+0", "-6/6+13", "+13-6/6",
-                  "13-6//6", "13-6**0-6", "(13)-(6)(6)", "6/6", "", "()", "None", "none.", "13-6/6 13-6/6", "1 3-6/6",
-                  "13-６/6", "13−6/6", "13-6/6\x00", "13\u00a0-6/6", "\u200913-6/6", "13-\n6/6", "1_3-6/6", "13.0-6/6"]:
+    for wrong in [
+        "13-(06/6)",
+        "13-6/6=12",
+        "12",
+        "13-(6/6",
+        "13-6/6)",
+        "13-1",
+        "6+6",
+        "13-6/6+0",
+        "-6/6+13",
+        "+13-6/6",
+        "13-6//6",
+        "13-6**0-6",
+        "(13)-(6)(6)",
+        "6/6",
+        "",
+        "()",
+        "None",
+        "none.",
+        "13-6/6 13-6/6",
+        "1 3-6/6",
+        "13-６/6",
+        "13−6/6",
+        "13-6/6\x00",
+        "13\u00a0-6/6",
+        "\u200913-6/6",
+        "13-\n6/6",
+        "1_3-6/6",
+        "13.0-6/6",
+    ]:
         assert countdown.verify(problem, wrong) is Verdict.WRONG, wrong
 
 
@@ -172,19 +205,44 @@ def test_countdown_reach_is_exactly_what_brute_force_reaches():
     rng = random.Random(0)
     for _ in range(60):
         numbers = tuple(sorted(rng.randint(1, 20) for _ in range(rng.choice([3, 3, 4]))))
-        solvable = {t for t in range(1, 100)
-                    if countdown.solve(Problem("countdown", "", "", {"numbers": list(numbers), "target": t}))}
+        solvable = {t for t in range(1, 100) if countdown.solve(Problem("countdown", "", "", {"numbers": list(numbers), "target": t}))}
         assert solvable == brute(numbers)
 
 
-@pytest.mark.parametrize("answer", [
-    "9**9**9", "9" * 1_000_000, "(" * 100_000 + "1" + ")" * 100_000, "1" + "+1" * 500_000, "(" * 250, "1/0",
-    "6/(6-6)*13", "٣+٤", "１３-６/６", "²", "\x00", "13-(6/6)\x00", "__import__('os')", "13-6/6#", "lambda:0", "1e9",
-    "0x0d", "{{7*7}}", " " * 1_000_000, "none" * 100_000, "\ud800", "9*" * 120 + "9", "(1/3" * 50],
-    ids=lambda text: ascii(text[:12]))
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "9**9**9",
+        "9" * 1_000_000,
+        "(" * 100_000 + "1" + ")" * 100_000,
+        "1" + "+1" * 500_000,
+        "(" * 250,
+        "1/0",
+        "6/(6-6)*13",
+        "٣+٤",
+        "１３-６/６",
+        "²",
+        "\x00",
+        "13-(6/6)\x00",
+        "__import__('os')",
+        "13-6/6#",
+        "lambda:0",
+        "1e9",
+        "0x0d",
+        "{{7*7}}",
+        " " * 1_000_000,
+        "none" * 100_000,
+        "\ud800",
+        "9*" * 120 + "9",
+        "(1/3" * 50,
+    ],
+    ids=lambda text: ascii(text[:12]),
+)
 def test_hostile_answers_are_wrong_in_bounded_time(answer):
-    cases = [(countdown, Problem("countdown", "", "", {"numbers": [6, 6, 13], "target": 12})),
-             (chain, Problem("chain", "", "", {"start": 7, "steps": [["+", 5]], "modulo": 100}))]
+    cases = [
+        (countdown, Problem("countdown", "", "", {"numbers": [6, 6, 13], "target": 12})),
+        (chain, Problem("chain", "", "", {"start": 7, "steps": [["+", 5]], "modulo": 100})),
+    ]
     for puzzle, problem in cases:
         start = time.process_time()
         assert puzzle.verify(problem, answer) is Verdict.WRONG
@@ -206,8 +264,21 @@ def test_chain_accepts_only_the_canonical_integer(seed):
     right = str(value % 100)
     assert chain.verify(problem, right) is Verdict.RIGHT
     shown = "".join(chr(ord("０") + int(digit)) for digit in right)
-    for wrong in [f"0{right}", f"+{right}", f"{right}.0", f"{right}.", shown, f"-{right}", str(value % 100 + 100), "",
-                  f"{right} {right}", f"\u00a0{right}", f"{right}\x00", f"({right})", str((value + 1) % 100)]:
+    for wrong in [
+        f"0{right}",
+        f"+{right}",
+        f"{right}.0",
+        f"{right}.",
+        shown,
+        f"-{right}",
+        str(value % 100 + 100),
+        "",
+        f"{right} {right}",
+        f"\u00a0{right}",
+        f"{right}\x00",
+        f"({right})",
+        str((value + 1) % 100),
+    ]:
         assert chain.verify(problem, wrong) is Verdict.WRONG, wrong
 
 
@@ -335,8 +406,10 @@ def test_one_problem_in_eight_is_held_out_and_the_split_never_moves():
 
 
 def test_draws_are_the_same_in_another_process_and_a_longer_list_begins_like_a_shorter():
-    code = ("from pascaline.data import puzzles; import random; p = puzzles.problems('countdown', 20, 7, True);"
-            "print([(x.prompt, puzzles.get('countdown').trace(x, random.Random(1))) for x in p])")
+    code = (
+        "from pascaline.data import puzzles; import random; p = puzzles.problems('countdown', 20, 7, True);"
+        "print([(x.prompt, puzzles.get('countdown').trace(x, random.Random(1))) for x in p])"
+    )
     ours = [(x.prompt, countdown.trace(x, random.Random(1))) for x in puzzles.problems("countdown", 20, 7, True)]
     theirs = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert theirs.strip() == str(ours)
@@ -359,7 +432,8 @@ def test_puzzles_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     (tmp_path / "my_puzzles.py").write_text(
         "from pascaline.data.puzzles import chain\nimport types\n"
         "def mine(): return types.SimpleNamespace(**{n: getattr(chain, n) for n in "
-        "('LEVELS', 'generate', 'trace', 'solve', 'verify')})\nhalf = types.SimpleNamespace(generate=chain.generate)\n")
+        "('LEVELS', 'generate', 'trace', 'solve', 'verify')})\nhalf = types.SimpleNamespace(generate=chain.generate)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     problem = puzzles.problems("my_puzzles:mine", 1, 1, False)[0]
     assert problem.puzzle == "my_puzzles:mine"

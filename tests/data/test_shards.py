@@ -22,8 +22,12 @@ def build(folder, documents, vocab_size=300, limit=7):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=25), min_size=1, max_size=12), st.integers(1, 40),
-       st.sampled_from([300, 65536, 65537, 200_000]), st.data())
+@given(
+    st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=25), min_size=1, max_size=12),
+    st.integers(1, 40),
+    st.sampled_from([300, 65536, 65537, 200_000]),
+    st.data(),
+)
 def test_what_was_added_comes_back(tmp_path_factory, documents, limit, vocab_size, data):
     folder = tmp_path_factory.mktemp("corpus")
     documents[0][0] = vocab_size - 1
@@ -132,11 +136,22 @@ def test_damage_is_named(tmp_path):
             Corpus(tmp_path)
     with damaged("shard-00000.bin", lambda d: b"\xff" + d[1:]):
         Corpus(tmp_path).verify()
-    for change in (lambda d: None, lambda d: d[:-20], lambda d: b"[]", lambda d: b"{}", lambda d: b"\xff",
-                   lambda d: d.replace(b'"format":1', b'"format":2'), lambda d: d.replace(b'"uint16"', b'"int8"'),
-                   lambda d: d.replace(b'"offset":[0,5]', b'"offset":[0,99]'), lambda d: d.replace(b"[0,5]", b"[5,0]"),
-                   lambda d: d.replace(b"[0,5]", b"[0]"), lambda d: d.replace(b"[0,5]", b"[-1,5]"),
-                   lambda d: d.replace(b'"source":[0,1]', b'"source":[0,2]'), lambda d: d.replace(b'"tokens":9', b'"tokens":8'),
-                   lambda d: d.replace(b'"shards"', b'"shard"'), lambda d: d.replace(b'"file"', b'"name"')):
+    for change in (
+        lambda d: None,
+        lambda d: d[:-20],
+        lambda d: b"[]",
+        lambda d: b"{}",
+        lambda d: b"\xff",
+        lambda d: d.replace(b'"format":1', b'"format":2'),
+        lambda d: d.replace(b'"uint16"', b'"int8"'),
+        lambda d: d.replace(b'"offset":[0,5]', b'"offset":[0,99]'),
+        lambda d: d.replace(b"[0,5]", b"[5,0]"),
+        lambda d: d.replace(b"[0,5]", b"[0]"),
+        lambda d: d.replace(b"[0,5]", b"[-1,5]"),
+        lambda d: d.replace(b'"source":[0,1]', b'"source":[0,2]'),
+        lambda d: d.replace(b'"tokens":9', b'"tokens":8'),
+        lambda d: d.replace(b'"shards"', b'"shard"'),
+        lambda d: d.replace(b'"file"', b'"name"'),
+    ):
         with damaged("index.json", change):
             Corpus(tmp_path)

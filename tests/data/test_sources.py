@@ -39,12 +39,19 @@ def test_a_folder_gives_what_is_fit_and_tells_the_rest(tmp_path):
     os.symlink(tmp_path / "nowhere.txt", tmp_path / "link.txt")
     os.mkfifo(tmp_path / "pipe.txt")
     found, left_out = read([tmp_path])
-    assert [(d.id, d.text) for d in found] == [("UPPER.TXT:0", "loud"), ("a.py:0", "x = 1\n"),
-                                               ("b/one.md:0", "schön\r\nzwei")]
+    assert [(d.id, d.text) for d in found] == [("UPPER.TXT:0", "loud"), ("a.py:0", "x = 1\n"), ("b/one.md:0", "schön\r\nzwei")]
     assert {d.source for d in found} == {str(tmp_path)}
-    assert left_out == {".git": "folder", "latin.txt": "encoding", "cut.txt": "encoding", "nul.py": "binary",
-                        "empty.txt": "empty", "blank.txt": "empty", "picture.png": "suffix", "link.txt": "unreadable",
-                        "pipe.txt": "unreadable"}
+    assert left_out == {
+        ".git": "folder",
+        "latin.txt": "encoding",
+        "cut.txt": "encoding",
+        "nul.py": "binary",
+        "empty.txt": "empty",
+        "blank.txt": "empty",
+        "picture.png": "suffix",
+        "link.txt": "unreadable",
+        "pipe.txt": "unreadable",
+    }
     assert read([tmp_path / "a.py"])[0][0].text == "x = 1\n"
 
 
@@ -57,9 +64,22 @@ def test_an_excluded_entry_shows_where_and_what(tmp_path):
 
 
 def test_jsonl_gives_one_document_a_line(tmp_path):
-    lines = [b'{"text": "one"}', b"", b'{"text": "two\\nlines", "more": 1}', b"{broken", b'{"other": 1}', b"[1]", b'"text"',
-             b'{"text": 5}', b'{"text": ""}', b'{"text": "a\\u0000"}', b'{"text": "\\ud800"}', b'{"text": "\xff"}',
-             b"[" * 100_000, '{"text": "zwölf"}'.encode()]
+    lines = [
+        b'{"text": "one"}',
+        b"",
+        b'{"text": "two\\nlines", "more": 1}',
+        b"{broken",
+        b'{"other": 1}',
+        b"[1]",
+        b'"text"',
+        b'{"text": 5}',
+        b'{"text": ""}',
+        b'{"text": "a\\u0000"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "\xff"}',
+        b"[" * 100_000,
+        '{"text": "zwölf"}'.encode(),
+    ]
     (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
     found, left_out = read([tmp_path])
     assert [(d.id, d.text) for d in found] == [("d.jsonl:1", "one"), ("d.jsonl:3", "two\nlines"), ("d.jsonl:14", "zwölf")]
@@ -103,8 +123,10 @@ def test_the_standard_library_is_sampled_widely_and_always_the_same():
     names = {d.id.split(":")[0] for d in first}
     assert len(names) > 15 and len({name.split("/")[0] for name in names}) > 10
     root = Path(sysconfig.get_path("stdlib"))
-    assert all((root / name).read_text().startswith(first_piece) for name, first_piece in
-               [(d.id[:-2], d.text) for d in first if d.id.endswith(":0")][:10])
+    assert all(
+        (root / name).read_text().startswith(first_piece)
+        for name, first_piece in [(d.id[:-2], d.text) for d in first if d.id.endswith(":0")][:10]
+    )
     assert not [n for n in names if {"test", "site-packages", "idlelib", "__pycache__"} & set(n.split("/"))]
     assert set(left_out.values()) <= {"empty"}
 

@@ -54,12 +54,8 @@ def fake_report() -> dict[str, Any]:
             row("eval", None, 74.0, 4.4e12),
         ],
         "protocols": protocols,
-        "majority": [
-            {"k": k, "accuracy": 0.642 + 0.03 * math.log2(k), "before": 0.43 + 0.02 * math.log2(k)} for k in ks
-        ],
-        "best_of": [
-            {"k": k, "accuracy": 1 - 0.358 * 0.8 ** math.log2(k), "before": 1 - 0.57 * 0.72 ** math.log2(k)} for k in ks
-        ],
+        "majority": [{"k": k, "accuracy": 0.642 + 0.03 * math.log2(k), "before": 0.43 + 0.02 * math.log2(k)} for k in ks],
+        "best_of": [{"k": k, "accuracy": 1 - 0.358 * 0.8 ** math.log2(k), "before": 1 - 0.57 * 0.72 ** math.log2(k)} for k in ks],
         "examples": [
             {
                 "prompt": "Make 12 from 6, 6, 13.",
@@ -98,8 +94,7 @@ def fake_curves() -> dict[str, list[dict[str, Any]]]:
 
     return {
         "pretrain": [
-            common(s, 900) | {"loss": 1.1 + 5 * math.exp(-s / 80) + rng.normal(0, 0.05) if s != 5 else None}
-            for s in range(1, 901)
+            common(s, 900) | {"loss": 1.1 + 5 * math.exp(-s / 80) + rng.normal(0, 0.05) if s != 5 else None} for s in range(1, 901)
         ],
         "sft": [common(s, 150) | {"loss": 0.5 + math.exp(-s / 20) + rng.normal(0, 0.02)} for s in range(1, 151)],
         "rl": [common(s, 200) | {"loss": rng.normal(0, 0.01)} | rl(s) for s in range(1, 201)],

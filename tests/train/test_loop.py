@@ -22,8 +22,9 @@ from trainee import Watched, loader, model, rows, trainer, weights
 from pascaline.data.batch import Sample, batches
 from pascaline.errors import BadInput
 from pascaline.model import hf
+from pascaline.stopping import Stopped
 from pascaline.train import checkpoint
-from pascaline.train.loop import Stopped, Trainer, active_parameters
+from pascaline.train.loop import Trainer, active_parameters
 from pascaline.train.losses import Loss
 
 STEPS = 12
@@ -112,10 +113,19 @@ def test_the_saved_model_is_the_float32_masters(tmp_path):
     assert any(not torch.equal(m, m.bfloat16().float()) for m in masters.values())
 
 
-def test_after_runs_once_a_step_with_the_new_weights(tmp_path):
+def test_a_source_sees_the_weights_of_the_step_before(tmp_path):
+    """What makes rollouts on-policy: the source is asked after the update, never ahead of it."""
     one = trainer(tmp_path)
     seen = []
-    one.run(loader(), STEPS, after=lambda: seen.append(one.model.model.norm.weight.clone()), quiet=True)
+
+    class Looking:
+        facts = loader().facts
+
+        def step(self, step):
+            seen.append(one.model.model.norm.weight.detach().clone())
+            return loader().step(step)
+
+    one.run(Looking(), STEPS, quiet=True)
     assert len(seen) == STEPS and all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
 
 
@@ -370,14 +380,15 @@ def test_a_step_without_batches_is_skipped_and_said(tmp_path):
         facts = loader().facts
 
         def step(self, step):
-            return [] if step == 1 else loader().step(step)
+            before.append(one.model.model.norm.weight.detach().clone())
+            return [] if step in (1, 3) else loader().step(step)
 
     one = trainer(tmp_path)
     before = []
-    one.run(Sometimes(), 3, after=lambda: before.append(one.model.model.norm.weight.clone()), quiet=True)
+    one.run(Sometimes(), 4, quiet=True)
     found = rows(tmp_path)
     assert found[1] == {"step": 1, "tokens": 0, "loss": 0.0, "skipped": True} and "skipped" not in found[2]
-    assert torch.equal(before[0], before[1]) and not torch.equal(before[1], before[2])
+    assert not torch.equal(before[0], before[1]) and torch.equal(before[1], before[2]) and not torch.equal(before[2], before[3])
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,8 @@ def problems(name: str, count: int, seed: int, held_out: bool, **dials: Any) -> 
         if len(found) == count:
             break
         if repeats * HELD_OUT_ONE_IN > PATIENCE:
-            raise BadInput(f"puzzle '{name}' with {dials or 'its default dials'} has only about {len(found)} held-out "
-                           f"problems, {count} were asked for; ask for fewer or turn the dials up")
+            raise BadInput(
+                f"puzzle '{name}' with {dials or 'its default dials'} has only about {len(found)} held-out "
+                f"problems, {count} were asked for; ask for fewer or turn the dials up"
+            )
     return found

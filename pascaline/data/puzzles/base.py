@@ -75,8 +75,9 @@ def turn(puzzle: str, levels: Mapping[str, Dial], dials: Mapping[str, Any], rng:
         value = dials.get(name, dial.default)
         low, high = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value, value)
         if not (type(low) is type(high) is int and dial.low <= low <= high <= dial.high):
-            raise BadInput(f"puzzle '{puzzle}': {name}={value!r} must be a whole number from {dial.low} to "
-                           f"{dial.high}, or a pair [from, to] of such")
+            raise BadInput(
+                f"puzzle '{puzzle}': {name}={value!r} must be a whole number from {dial.low} to {dial.high}, or a pair [from, to] of such"
+            )
         values[name] = low + int(rng.random() * (high - low + 1)) if high > low else low
     return values
 

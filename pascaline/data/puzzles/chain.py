@@ -27,9 +27,7 @@ def generate(rng: random.Random, **dials: Any) -> Problem:
     return Problem("chain", prompt, key, {"start": start, "steps": steps, "modulo": modulo})
 
 
-def trace(
-    problem: Problem, rng: random.Random, slip: float = 0.1, direct: float = 0.3, lucky: float = 0.25
-) -> Trace:
+def trace(problem: Problem, rng: random.Random, slip: float = 0.1, direct: float = 0.3, lucky: float = 0.25) -> Trace:
     """One step a line; with share `slip` a step's result is off, and the rest follows from it.
 
     With share `direct` there is no thought but a guess, which is right with share `lucky` and else any number.
