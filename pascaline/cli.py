@@ -62,7 +62,7 @@ def _show(report: dict[str, Any], out: Path, done: bool) -> None:
             print(f"  {name} [{said['verdict']}]")
             thought = printable(said["thought"]).splitlines()
             print("".join(f"    | {line}\n" for line in thought) + f"    = {printable(said['answer']) or '(no answer)'}")
-    program = "pascaline" if shutil.which("pascaline") else os.path.relpath(sys.argv[0])
+    program = "pascaline" if shutil.which("pascaline") else os.path.relpath(Path(sys.executable).with_name("pascaline"))
     again = f"{program} run {out / 'recipe.toml'} --out {out}-2 --set seed=2"
     print(f"\nGo on with:\n  {program} chat {out}/model\n  {program} report {out}\n  {again}")
 

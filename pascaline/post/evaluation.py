@@ -104,7 +104,7 @@ def _base(engine: Engine, problems: list[Problem], temperature: float, top_p: fl
 def report(run: Run) -> dict[str, Any]:
     """The content of report.json, read back from the stages' folders."""
     parts = {p.stem: read_json(p) or {} for p in sorted((run.folder("eval") / "parts").glob("*.json"))}
-    main = f"t{run.recipe.eval.temperature:g}"
+    main, plan = f"t{run.recipe.eval.temperature:g}", run.recipe.eval.puzzles
     measured = {"pretrain": parts["pretrain-plain"], "sft": parts[f"sft-{main}"], "rl": parts[f"rl-{main}"]}
     keys = ("accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens")
     rows = []
@@ -119,6 +119,7 @@ def report(run: Run) -> dict[str, Any]:
         for name, part in parts.items()
         if "temperature" in part
     ]
+    protocols.sort(key=lambda p: (plan.index(p["puzzle"]), p["model"] == "rl", -p["temperature"]))
     before, after = parts["sft-votes"], parts["rl-votes"]
     gain, low, high = passk.paired_difference(measured["rl"]["by_problem"], measured["sft"]["by_problem"])
 
