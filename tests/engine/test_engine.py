@@ -10,6 +10,7 @@ from pascaline.data.batch import Sample, batches
 from pascaline.engine import Engine, Sampling
 from pascaline.engine import cache as cache_module
 from pascaline.engine import engine as engine_module
+from pascaline.engine.engine import batch_width
 from pascaline.errors import BadInput
 from pascaline.model.config import Rope
 from pascaline.model.transformer import Model
@@ -378,3 +379,10 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     small_tokenizer().save(tmp_path)
     with pytest.raises(BadInput, match=r"config\.json"):
         Engine(tmp_path)
+
+
+def test_a_shrinking_batch_brings_few_shapes() -> None:
+    widths = [batch_width(rows, 512) for rows in range(1, 513)]
+    assert all(rows <= width <= 512 for rows, width in enumerate(widths, 1))
+    assert len(set(widths)) <= 21 and widths[0] == 1
+    assert batch_width(33, 40) == 40  # never more rows than the cache has
