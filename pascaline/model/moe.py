@@ -94,7 +94,7 @@ class Experts(nn.Module):
     def by_padding(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor, load_E: Tensor) -> Tensor:
         """Give each expert as many rows as the busiest needs and run all in one batched matmul. Nothing is dropped.
 
-        One shape for all experts is what makes CPU matmuls fast: a loop pays for a new shape per expert (shared/feasibility).
+        One shape for all experts is what makes CPU matmuls fast: a loop pays for a new shape per expert.
         """
         E, (n, K) = len(load_E), index_nK.shape
         rows = -(-int(load_E.max()) // 16) * 16

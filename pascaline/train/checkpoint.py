@@ -1,7 +1,7 @@
 """The resume state of a training stage: tensors in safetensors, the rest in JSON. Nothing executable is written or read.
 
-A checkpoint is a folder `state/step-N` that appears whole by a rename; `torch.distributed.checkpoint` is not used because its
-metadata file is a pickle.
+A checkpoint is a folder `state/step-N` that appears whole by a rename; `torch.distributed.checkpoint` is not used because
+reading its metadata file can run code.
 """
 
 import json
@@ -20,7 +20,8 @@ from pascaline.runs import sync_folder, write_json
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write state/step-N and then drop the older ones. A full disk leaves the old checkpoint as it was (OSError)."""
+    """Write state/step-N and then drop the older ones. A full disk leaves the old checkpoint as it was (an error
+    that `runs.disk_full` knows)."""
     state = folder / "state"
     state.mkdir(parents=True, exist_ok=True)
     temporary = state / f".step-{step}.tmp"
@@ -35,10 +36,8 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, A
         if (state / f"step-{step}").exists():
             shutil.rmtree(state / f"step-{step}")
         os.rename(temporary, state / f"step-{step}")
-    except BaseException as e:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(e, SafetensorError):  # safetensors wraps the operating system's error in its own
-            raise OSError(28 if "No space" in str(e) or "os error 28" in str(e) else 5, str(e)) from e
         raise
     sync_folder(state)
     for other in state.iterdir():

@@ -22,6 +22,7 @@ from trainee import Watched, loader, model, rows, trainer, weights
 from pascaline.data.batch import Sample, batches
 from pascaline.errors import BadInput
 from pascaline.model import hf
+from pascaline.runs import disk_full
 from pascaline.stopping import Stopped
 from pascaline.train import checkpoint
 from pascaline.train.loop import Trainer, active_parameters
@@ -430,9 +431,9 @@ def test_a_full_disk_keeps_the_old_checkpoint(error, straight, tmp_path, monkeyp
         real(*arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(type(error)) as caught:
         trainer(tmp_path).run(loader(), STEPS, quiet=True)
-    assert caught.value.errno == 28
+    assert disk_full(caught.value)
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-3"]
     monkeypatch.undo()
     trainer(tmp_path).run(loader(), STEPS, quiet=True)
