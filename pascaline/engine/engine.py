@@ -5,6 +5,7 @@ The engine calls the trainer's own modules with the weights in memory, so an upd
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,17 @@ def batch_width(rows: int, capacity: int) -> int:
     """
     width = 1 << (rows - 1).bit_length() if rows <= 32 else -(-rows // 32) * 32
     return min(width, capacity)
+
+
+@contextmanager
+def one_row_kernels(rows: int) -> Iterator[None]:
+    """For one row PyTorch's own matrix-vector product: oneDNN, its first choice for bf16 on the CPU, repacks the weights every time."""
+    before = bool(torch.backends.mkldnn.enabled)
+    torch.backends.mkldnn.enabled = before and rows > 1  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before  # type: ignore[assignment]
 
 
 class Engine:
@@ -196,19 +208,19 @@ class Engine:
         self.cache.begin(width, int(self.context[:n].max()))
         last = self.tokens[np.arange(width), self.produced[:width] - 1]
         tokens = torch.from_numpy(last).to(self.model.device).unsqueeze(1)
-        hidden, _ = self.model.hidden(tokens, self.cache.lengths[:width].unsqueeze(1), cache=self.cache)
+        with one_row_kernels(width):
+            hidden, _ = self.model.hidden(tokens, self.cache.lengths[:width].unsqueeze(1), cache=self.cache)
+            logits = self.model.head(hidden[:, 0])[:n]
         self.cache.advance(n)
         self.context[:n] += 1
-        self._take(self.model.head(hidden[:, 0])[:n], 0)
+        self._take(logits, 0)
 
     def _take(self, logits: Tensor, first: int) -> None:
         """Sample the next token of rows first.. and retire the rows that end."""
         n = len(self.rows)
         span = slice(first, n)
         uniform = uniforms(self.seeds[span], self.produced[span])
-        device = logits.device
-        settings = (torch.from_numpy(a).to(device) for a in (self.temperature[span], self.top_p[span], uniform))
-        token, logprob = (t.cpu().numpy() for t in sample(logits, *settings))
+        token, logprob = (t.cpu().numpy() for t in sample(logits, self.temperature[span], self.top_p[span], uniform))
         if int(self.produced[span].max(initial=0)) == self.tokens.shape[1]:
             self.tokens = np.concatenate((self.tokens, np.zeros_like(self.tokens)), 1)
             self.logprobs = np.concatenate((self.logprobs, np.zeros_like(self.logprobs)), 1)

@@ -54,21 +54,29 @@ def mix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def sample(logits_nV: Tensor, temperature_n: Tensor, top_p_n: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [n] and their log-probabilities [n] under the model itself (temperature 1, nothing cut off)."""
+def sample(logits_nV: Tensor, temperature_n: np.ndarray, top_p_n: np.ndarray, uniform_n: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Tokens [n] and their log-probabilities [n] under the model itself (temperature 1, nothing cut off).
+
+    The settings are NumPy arrays: what has to be done is decided without waiting for an accelerator.
+    """
+
+    def there(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(logits_nV.device)
+
     log_p = logits_nV.float().log_softmax(-1)
-    greedy_n = temperature_n == 0
-    if bool(greedy_n.all()):
+    greedy_n, cut_n = temperature_n == 0, top_p_n < 1
+    if greedy_n.all():
         token_n = log_p.argmax(-1)
     else:
-        heat = torch.where(greedy_n, 1.0, temperature_n).unsqueeze(1)
         # The best token's exponent is 0 before the division: a tiny temperature must not push all of them to -inf.
-        p_nV = log_p.exp() if bool((heat == 1).all()) else ((log_p - log_p.amax(-1, keepdim=True)) / heat).softmax(-1)
-        token_n = _invert(p_nV, uniform_n)
-        if bool((top_p_n < 1).any()):
-            token_n = torch.where(top_p_n < 1, _top_p(p_nV, top_p_n, uniform_n), token_n)
-        if bool(greedy_n.any()):
-            token_n = torch.where(greedy_n, log_p.argmax(-1), token_n)
+        heat = None if (temperature_n == 1).all() else there(np.where(greedy_n, 1, temperature_n)).unsqueeze(1)
+        p_nV = log_p.exp() if heat is None else ((log_p - log_p.amax(-1, keepdim=True)) / heat).softmax(-1)
+        uniform = there(uniform_n)
+        token_n = _top_p(p_nV, there(top_p_n), uniform) if cut_n.all() else _invert(p_nV, uniform)
+        if cut_n.any() and not cut_n.all():
+            token_n = torch.where(there(cut_n), _top_p(p_nV, there(top_p_n), uniform), token_n)
+        if greedy_n.any():
+            token_n = torch.where(there(greedy_n), log_p.argmax(-1), token_n)
     return token_n, log_p.gather(1, token_n.unsqueeze(1)).squeeze(1)
 
 

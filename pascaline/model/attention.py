@@ -49,37 +49,33 @@ class LatentAttention(nn.Module):
         def linear(fan_in: int, fan_out: int) -> nn.Linear:
             return nn.Linear(fan_in, fan_out, bias=False)
 
-        if config.q_lora_rank is None:
-            self.q_proj = linear(config.hidden_size, heads * config.qk_head_dim)
-        else:
-            self.q_a_proj = linear(config.hidden_size, config.q_lora_rank)
+        # Query (or its latent), latent and rotary key in one matmul.
+        self.widths = [config.q_lora_rank or heads * config.qk_head_dim, rank, config.qk_rope_head_dim]
+        self.qkv_a_proj = linear(config.hidden_size, sum(self.widths))
+        if config.q_lora_rank is not None:
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
             self.q_b_proj = linear(config.q_lora_rank, heads * config.qk_head_dim)
-        self.kv_a_proj_with_mqa = linear(config.hidden_size, rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(rank, LATENT_EPS)
         self.kv_b_proj = linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = linear(heads * config.v_head_dim, config.hidden_size)
 
-    def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], mask_BTT: Tensor, cache: Cache | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]. `mask_BTT` says which new token sees which new token; `cache` adds the earlier ones."""
+    def forward(self, x_BTD: Tensor, turn: Tensor, mask_BTT: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]. `mask_BTT` says which new token sees which new token; a cache that holds earlier ones says it itself."""
         c = self.config
-        B, T, _ = x_BTD.shape
-        if c.q_lora_rank is None:
-            q = self.q_proj(x_BTD)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
-        q_nope, q_rope = q.view(B, T, c.num_attention_heads, c.qk_head_dim).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        q, latent, k_rope = self.qkv_a_proj(x_BTD).split(self.widths, -1)
+        if c.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        q_nope, q_rope = q.unflatten(-1, (c.num_attention_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent = self.kv_a_layernorm(latent)
         # One rotary call for the queries of all heads and the one key they share.
-        q_rope, k_rope = rotate(torch.cat((q_rope, k_rope.unsqueeze(2)), 2), *turn).split([c.num_attention_heads, 1], 2)
-        if cache is None:
-            return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, mask_BTT))
-        fresh = cache.fresh
-        entries, mask_BTS = cache.append(self.layer, torch.cat((latent, k_rope.squeeze(2)), -1))
-        if fresh:
-            return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, mask_BTT))
-        return self.o_proj(self._absorbed(q_nope, q_rope, entries, mask_BTS))
+        q_rope, k_rope = rotate(torch.cat((q_rope, k_rope.unsqueeze(2)), 2), turn).split([c.num_attention_heads, 1], 2)
+        if cache is not None:
+            fresh = cache.fresh
+            entries, mask_BTS = cache.append(self.layer, torch.cat((latent, k_rope.squeeze(2)), -1))
+            if not fresh:
+                return self.o_proj(self._absorbed(q_nope, q_rope, entries, mask_BTS))
+        assert mask_BTT is not None
+        return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, mask_BTT))
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent_BTR: Tensor, k_rope: Tensor, mask_BTT: Tensor) -> Tensor:
         """The form of the paper's equations: keys and values per head. [B, T, H*V]."""
@@ -97,12 +93,13 @@ class LatentAttention(nn.Module):
         B, T, H, N = q_nope.shape
         w_HMR = self.kv_b_proj.weight.view(H, N + c.v_head_dim, c.kv_lora_rank)
         q_lat = torch.matmul(q_nope.reshape(B * T, H, N).transpose(0, 1), w_HMR[:, :N])  # [H, B*T, R]
-        q = torch.cat((q_lat.transpose(0, 1).reshape(B, T, H, -1), q_rope), -1).view(B, T * H, -1)
-        # entries @ q^T and a copy: on the CPU almost twice as fast as q @ entries^T, which has few rows a batch.
-        scores = torch.matmul(entries_BSC, (q * c.attention_scale).transpose(1, 2)).transpose(1, 2).reshape(B, T, H, -1)
-        weights = (scores + mask_BTS.unsqueeze(2)).softmax(-1)
-        mixed = torch.matmul(weights.view(B, T * H, -1), entries_BSC[..., : c.kv_lora_rank])  # [B, T*H, R]
-        out = torch.matmul(mixed.view(B * T, H, -1).transpose(0, 1), w_HMR[:, N:].transpose(1, 2))  # [H, B*T, V]
+        q = torch.cat((q_lat.transpose(0, 1).reshape(B, T, H, -1), q_rope), -1).view(B, 1, T * H, -1)
+        # To the kernel all heads are queries of one head, whose keys and values are both the entries.
+        mask = mask_BTS if T == 1 else mask_BTS.repeat_interleave(H, 1)
+        entries = entries_BSC.unsqueeze(1)
+        mixed = F.scaled_dot_product_attention(q, entries, entries, attn_mask=mask.unsqueeze(1), scale=c.attention_scale)
+        mixed = mixed[..., : c.kv_lora_rank].reshape(B * T, H, -1)
+        out = torch.matmul(mixed.transpose(0, 1), w_HMR[:, N:].transpose(1, 2))  # [H, B*T, V]
         return out.transpose(0, 1).reshape(B, T, H * c.v_head_dim)
 
 

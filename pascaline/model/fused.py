@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEW = 1 << 14
+
 
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467)."""
@@ -31,8 +33,16 @@ class _RMSNorm(torch.autograd.Function):
         return torch.addcmul(grad * weight, unit, drop).mul_(rstd.to(grad.dtype)), grad_weight, None
 
 
+def rms_norm_of_few(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same as a LayerNorm of [x, -x], whose mean is 0 and whose variance is mean(x^2): one kernel instead of seven."""
+    both = F.layer_norm(torch.cat((x, -x), -1), (2 * x.shape[-1],), eps=eps)
+    return both[..., : x.shape[-1]] * weight
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm_plain`; while training on the CPU with a two-pass backward."""
-    if torch.is_grad_enabled() and x.device.type == "cpu":
+    """`rms_norm_plain`, on the CPU by what is fastest there: with a two-pass backward while training, by one kernel for FEW numbers."""
+    if x.device.type != "cpu":
+        return rms_norm_plain(x, weight, eps)
+    if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
-    return rms_norm_plain(x, weight, eps)
+    return rms_norm_of_few(x, weight, eps) if x.numel() <= FEW else rms_norm_plain(x, weight, eps)

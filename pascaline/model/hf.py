@@ -1,7 +1,8 @@
 """Hugging Face folders in and out: config.json, model*.safetensors, generation_config.json.
 
-In memory the experts of a layer are stacked; on disk each has its own three matrices, as V3's folders have. That, and the copies
-of embedding and head that V3 stores with each MTP module, is all the translation there is.
+In memory the experts of a layer are stacked, and matrices with the same input are one (gate and up; query and latent); on disk each
+stands alone, as in V3's folders. That, and the copies of embedding and head that V3 stores with each MTP module, is all the
+translation there is.
 """
 
 import json
@@ -25,7 +26,7 @@ SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
 def save(folder: str | Path, config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -65,23 +66,32 @@ def _to_disk(config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype
         return tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
 
     for name, tensor in tensors.items():
-        match = _EXPERT.fullmatch(name)
         if name.endswith("e_score_correction_bias"):
             yield name, tensor.detach().to("cpu", torch.float32).clone()
-        elif match is None:
-            yield f"{name}", copy(tensor)
         else:
-            for e, expert in enumerate(tensor):
-                parts = expert.chunk(2) if match[2] == "gate_up_proj" else [expert]
-                for part_name, part in zip(_PARTS[match[2]], parts, strict=True):
-                    yield f"{match[1]}.{e}.{part_name}.weight", copy(part)
+            for disk_name, part in _parts(config, name, tensor):
+                yield disk_name, copy(part)
     embedding = tensors["model.embed_tokens.weight"]
     for layer in _mtp_layers(config):
         yield f"model.layers.{layer}.embed_tokens.weight", copy(embedding)
         yield f"model.layers.{layer}.shared_head.head.weight", copy(tensors.get("lm_head.weight", embedding))
 
 
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+def _parts(config: ModelConfig, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The tensors on disk that a tensor of ours is made of, as views of it."""
+    experts = _EXPERTS.fullmatch(name)
+    if experts:
+        return [part for e, own in enumerate(tensor) for part in _parts(config, f"{experts[1]}.{e}.{experts[2]}.weight", own)]
+    place, _, kind = name.removesuffix(".weight").rpartition(".")
+    if kind == "gate_up_proj":
+        names, parts = ["gate_proj", "up_proj"], tensor.chunk(2)
+    elif kind == "qkv_a_proj":
+        keys = config.kv_lora_rank + config.qk_rope_head_dim
+        names = ["q_proj" if config.q_lora_rank is None else "q_a_proj", "kv_a_proj_with_mqa"]
+        parts = tensor.split([len(tensor) - keys, keys])
+    else:
+        return [(name, tensor)]
+    return [(f"{place}.{own}.weight", part) for own, part in zip(names, parts, strict=True)]
 
 
 def _mtp_layers(config: ModelConfig) -> range:
@@ -168,14 +178,8 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.d
 
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            match = _EXPERT.fullmatch(name)
-            if match is None:
-                tensor.copy_(take(name, tensor.shape))
-                continue
-            parts = _PARTS[match[2]]
-            for e, expert in enumerate(tensor):
-                for part_name, part in zip(parts, expert.chunk(len(parts)), strict=True):
-                    part.copy_(take(f"{match[1]}.{e}.{part_name}.weight", part.shape))
+            for disk_name, part in _parts(config, name, tensor):
+                part.copy_(take(disk_name, part.shape))
     head = "lm_head.weight" if "lm_head.weight" in used else "model.embed_tokens.weight"
     for layer in _mtp_layers(config):
         _check_copy(weights, f"model.layers.{layer}.embed_tokens.weight", "model.embed_tokens.weight", used)

@@ -15,12 +15,12 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.gate_up_proj = nn.Linear(hidden, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Router(nn.Module):
@@ -77,7 +77,7 @@ class Experts(nn.Module):
             return self.by_grouped_mm(x_nD, weight_nK, index_nK, load_E)
         if n == 1:
             return self.by_token(x_nD, weight_nK, index_nK)
-        if not torch.is_grad_enabled() and n * len(load_E) <= 256:
+        if not torch.is_grad_enabled() and n * len(load_E) <= 512:
             return self.by_all(x_nD, weight_nK, index_nK)
         return self.by_padding(x_nD, weight_nK, index_nK, load_E)
 
@@ -112,18 +112,20 @@ class Experts(nn.Module):
 
     def by_all(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """Every expert on every token: more arithmetic, but two matmuls and no sorting; wins for a handful of tokens."""
-        weight_nE = x_nD.new_zeros(len(x_nD), len(self.gate_up_proj)).scatter_(1, index_nK, weight_nK.to(x_nD.dtype))
-        gate, up = torch.matmul(x_nD, self.gate_up_proj.transpose(1, 2)).chunk(2, -1)
-        hidden = F.silu(gate).mul_(up).mul_(weight_nE.t().unsqueeze(-1))
-        return torch.bmm(hidden, self.down_proj.transpose(1, 2)).sum(0)
+        n, E = len(x_nD), len(self.gate_up_proj)
+        weight_nE = x_nD.new_zeros(n, E).scatter_(1, index_nK, weight_nK.to(x_nD.dtype))
+        gate, up = F.linear(x_nD, self.gate_up_proj.flatten(0, 1)).view(n, E, -1).chunk(2, -1)
+        hidden = F.silu(gate).mul_(up).mul_(weight_nE.unsqueeze(-1))
+        return torch.bmm(hidden.transpose(0, 1), self.down_proj.transpose(1, 2)).sum(0)
 
     def by_token(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """Only the chosen experts, one at a time: touches the least memory, for a single token."""
         out = []
-        for token, (row, experts) in enumerate(zip(x_nD.split(1), index_nK.tolist(), strict=True)):
-            hidden = [F.linear(row, self.gate_up_proj[e]).chunk(2, -1) for e in experts]
-            y = [F.linear(F.silu(gate) * up, self.down_proj[e]) for (gate, up), e in zip(hidden, experts, strict=True)]
-            out.append(weight_nK[token : token + 1].to(row.dtype) @ torch.cat(y))
+        for row, weight, experts in zip(x_nD.split(1), weight_nK.to(x_nD.dtype), index_nK.tolist(), strict=True):
+            gate, up = torch.cat([F.linear(row, self.gate_up_proj[e]) for e in experts]).chunk(2, -1)
+            hidden = F.silu(gate).mul_(up).mul_(weight.unsqueeze(1)).split(1)
+            parts = [F.linear(h, self.down_proj[e]) for h, e in zip(hidden, experts, strict=True)]
+            out.append(torch.cat(parts).sum(0, keepdim=True))
         return torch.cat(out)
 
     def by_grouped_mm(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor, load_E: Tensor) -> Tensor:

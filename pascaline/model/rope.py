@@ -34,13 +34,13 @@ def inverse_frequencies(rope: Rope, dim: int, device: torch.device) -> Tensor:
     return inverse.to(device)
 
 
-def angles(rope: Rope, dim: int, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, each [B, T, 1, P/2] float32; computed once a forward and shared by all layers."""
+def turns(rope: Rope, dim: int, positions_BT: Tensor) -> Tensor:
+    """What a position multiplies each pair by, as a complex number, [B, T, 1, P/2]; computed once a forward and shared by all layers."""
     angle = (positions_BT[..., None].float() * inverse_frequencies(rope, dim, positions_BT.device)).unsqueeze(-2)
-    return angle.cos() * rope.amplitude, angle.sin() * rope.amplitude
+    return torch.polar(torch.full_like(angle, rope.amplitude), angle)
 
 
-def rotate(x_BTHP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x_BTHP: Tensor, turn: Tensor) -> Tensor:
     """Rotate each interleaved pair; float32 inside, the dtype of x outside."""
-    even, odd = x_BTHP.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x_BTHP.dtype)
+    pairs = torch.view_as_complex(x_BTHP.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x_BTHP.dtype)

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from pascaline.model.attention import Cache, LatentAttention, RMSNorm, visible
 from pascaline.model.config import ModelConfig
 from pascaline.model.moe import MLP, Experts, MoE, Router
-from pascaline.model.rope import angles
+from pascaline.model.rope import turns
 
 
 @dataclass
 class View:
-    """What every layer of one forward shares: rotary angles, the mask among the new tokens, the cache, and which tokens are no
+    """What every layer of one forward shares: rotary turns, the mask among the new tokens, the cache, and which tokens are no
     padding (None: all)."""
 
-    turn: tuple[Tensor, Tensor]
-    mask_BTT: Tensor
+    turn: Tensor
+    mask_BTT: Tensor | None
     cache: Cache | None
     real_BT: Tensor | None = None
 
@@ -113,9 +113,11 @@ class Model(nn.Module):
         B, T = tokens_BT.shape
         if positions_BT is None:
             positions_BT = torch.arange(T, device=tokens_BT.device).expand(B, T)
-        turn = angles(self.config.rope, self.config.qk_rope_head_dim, positions_BT)
+        turn = turns(self.config.rope, self.config.qk_rope_head_dim, positions_BT)
         real = None if document_ids_BT is None else document_ids_BT >= 0
-        return View(turn, visible(document_ids_BT, B, T, tokens_BT.device, self.dtype), cache, real)
+        # A cache that holds earlier tokens brings its own mask.
+        mask = visible(document_ids_BT, B, T, tokens_BT.device, self.dtype) if cache is None or cache.fresh else None
+        return View(turn, mask, cache, real)
 
     def mtp_hidden(
         self, hidden_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None

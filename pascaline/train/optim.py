@@ -55,8 +55,8 @@ class Muon:
 
 def _matrices(name: str, tensor: Tensor) -> Tensor:
     """A weight as the stack of matrices it is, [n, A, B]."""
-    if name.endswith("gate_up_proj"):
-        return tensor.view(2 * len(tensor), tensor.shape[1] // 2, tensor.shape[2])
+    if "gate_up_proj" in name:
+        return tensor.unflatten(-2, (2, -1)).flatten(0, -3)
     return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
 
 

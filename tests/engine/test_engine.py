@@ -10,7 +10,7 @@ from pascaline.data.batch import Sample, batches
 from pascaline.engine import Engine, Sampling
 from pascaline.engine import cache as cache_module
 from pascaline.engine import engine as engine_module
-from pascaline.engine.engine import batch_width
+from pascaline.engine.engine import batch_width, one_row_kernels
 from pascaline.errors import BadInput
 from pascaline.model.config import Rope
 from pascaline.model.transformer import Model
@@ -386,3 +386,13 @@ def test_a_shrinking_batch_brings_few_shapes() -> None:
     assert all(rows <= width <= 512 for rows, width in enumerate(widths, 1))
     assert len(set(widths)) <= 21 and widths[0] == 1
     assert batch_width(33, 40) == 40  # never more rows than the cache has
+
+
+def test_kernels_for_one_row_are_chosen_for_one_row_alone() -> None:
+    before = torch.backends.mkldnn.enabled
+    with pytest.raises(ZeroDivisionError), one_row_kernels(1):
+        assert not torch.backends.mkldnn.enabled
+        raise ZeroDivisionError
+    assert torch.backends.mkldnn.enabled == before
+    with one_row_kernels(2):
+        assert torch.backends.mkldnn.enabled == before

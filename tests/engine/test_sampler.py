@@ -20,8 +20,8 @@ def logits(vocab: int, seed: int = 0, spread: float = 1.5) -> torch.Tensor:
 
 def draw(row: torch.Tensor, temperature: float, top_p: float, count: int = DRAWS, seed: int = 0):
     """`count` independent samples of one distribution, through the function that the engine calls."""
-    uniform = torch.from_numpy(uniforms(np.arange(count) + 1_000_000 * seed, np.zeros(count, np.int64)))
-    return sample(row.expand(count, -1), torch.full((count,), temperature), torch.full((count,), top_p), uniform)
+    uniform = uniforms(np.arange(count) + 1_000_000 * seed, np.zeros(count, np.int64))
+    return sample(row.expand(count, -1), np.full(count, temperature, np.float32), np.full(count, top_p, np.float32), uniform)
 
 
 def chi_square(token: torch.Tensor, p: torch.Tensor) -> float:
@@ -98,9 +98,9 @@ def test_rows_are_independent_of_their_neighbours():
     """Mixed temperatures and nuclei in one call give each row what it gets alone."""
     n = 64
     rows = torch.stack([logits(300, i, spread=0.01 if i % 5 == 0 else 1.5) for i in range(n)])
-    temperature = torch.tensor([0.0, 0.5, 1.0, 2.0]).repeat(n // 4)
-    top_p = torch.tensor([0.3, 0.95, 1.0]).repeat(n)[:n]
-    uniform = torch.from_numpy(uniforms(np.arange(n), np.arange(n)))
+    temperature = np.tile(np.array([0.0, 0.5, 1.0, 2.0], np.float32), n // 4)
+    top_p = np.tile(np.array([0.3, 0.95, 1.0], np.float32), n)[:n]
+    uniform = uniforms(np.arange(n), np.arange(n))
     token, logprob = sample(rows, temperature, top_p, uniform)
     for i in range(n):
         alone = sample(rows[i : i + 1], temperature[i : i + 1], top_p[i : i + 1], uniform[i : i + 1])
@@ -117,9 +117,8 @@ def test_impossible_tokens_are_never_sampled():
 @pytest.mark.parametrize("end", [0.0, 1.0 - 2.0**-54, 1.0])
 def test_the_ends_of_the_unit_interval_are_tokens(end):
     row = logits(61)
-    uniform = torch.tensor([end], dtype=torch.float64)
     for top_p in (0.9, 1.0):
-        token, logprob = sample(row[None], torch.ones(1), torch.full((1,), top_p), uniform)
+        token, logprob = sample(row[None], np.ones(1), np.full(1, top_p), np.array([end]))
         assert 0 <= int(token) < 61 and logprob.isfinite().all()
 
 

@@ -15,7 +15,7 @@ from pascaline.model import attention
 from pascaline.model.attention import LatentAttention, attend, visible
 from pascaline.model.config import Rope
 from pascaline.model.fused import rms_norm, rms_norm_plain
-from pascaline.model.rope import angles, inverse_frequencies, rotate
+from pascaline.model.rope import inverse_frequencies, rotate, turns
 
 YARN = Rope(rope_type="yarn", factor=8.0, original_max_position_embeddings=16, beta_fast=4.0, mscale=0.8, mscale_all_dim=1.0)
 SHAPES = [dict(), dict(q_lora_rank=10), dict(rope=YARN, num_attention_heads=3), dict(q_lora_rank=7, rope=YARN, v_head_dim=10)]
@@ -48,7 +48,7 @@ def test_absorbed_is_expanded(changes):
     layer = tiny_model(**changes).model.layers[0].self_attn
     assert isinstance(layer, LatentAttention)
     x = randn(3, 11, config.hidden_size)
-    turn = angles(config.rope, config.qk_rope_head_dim, torch.arange(11).expand(3, 11))
+    turn = turns(config.rope, config.qk_rope_head_dim, torch.arange(11).expand(3, 11))
     mask = visible(None, 3, 11, x.device, x.dtype)
     assert relative_error(layer(x, turn, mask, Everything()), layer(x, turn, mask)) < 1e-4
 
@@ -209,7 +209,7 @@ def test_yarn_is_transformers_yarn(half, theta, factor, original, fast, slow, ms
 def test_rotation_is_a_complex_product_of_interleaved_pairs():
     x, positions = randn(2, 5, 3, 8), torch.tensor([[0, 1, 2, 3, 4], [9, 0, 500, 1, 1]])
     rope = Rope(rope_theta=100.0)
-    found = rotate(x, *angles(rope, 8, positions))
+    found = rotate(x, turns(rope, 8, positions))
     angle = positions[..., None].double() * 100.0 ** (-torch.arange(0, 8, 2).double() / 8)
     spin = torch.polar(torch.ones_like(angle), angle).unsqueeze(2)
     expected = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (4, 2)).contiguous()) * spin).flatten(-2)

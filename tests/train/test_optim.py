@@ -262,10 +262,11 @@ def test_muon_written_out():
             g = gradients[name]
             m.mul_(0.9).add_(0.1 * g)
             look = 0.1 * g + 0.9 * m
-            if name.endswith("gate_up_proj"):
-                half = look.shape[1] // 2
-                pieces = torch.stack([torch.cat([orthogonalise(e[None, :half])[0], orthogonalise(e[None, half:])[0]]) for e in look])
-                side = max(half, look.shape[2])
+            if "gate_up_proj" in name:  # of one MLP or of all experts
+                half = look.shape[-2] // 2
+                stack = look if look.dim() == 3 else look[None]
+                pieces = torch.stack([torch.cat([orthogonalise(e[None, :half])[0], orthogonalise(e[None, half:])[0]]) for e in stack])
+                pieces, side = pieces.view_as(look), max(half, look.shape[-1])
             elif look.dim() == 3:
                 pieces, side = torch.stack([orthogonalise(e[None])[0] for e in look]), max(look.shape[1:])
             else:
