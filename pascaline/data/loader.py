@@ -66,6 +66,7 @@ class Loader:
             raise BadInput(f"a sample of {int(samples.lengths.max())} tokens does not fit sequence_length {row}.")
         self.facts: dict[str, float] = {}
         self.samples, self.row, self.rows, self.micro, self.pad, self.seed = samples, row, rows, micro, pad, seed
+        self.step_tokens = rows * row
         self.epoch_rows = lru_cache(maxsize=2)(self._epoch_rows)
         self.epoch_size = cache(lambda epoch: len(self.epoch_rows(epoch)))  # a number an epoch: finding a row packs none again
 

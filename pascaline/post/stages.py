@@ -153,7 +153,8 @@ def pretrain(run: Run) -> dict[str, Any]:
     model = Model(model_config(run.recipe, own.vocab_size)).init_(run.recipe.seed).to(run.device)
     row = stage.sequence_length
     samples = CorpusSamples(Corpus(run.folder("tokenizer") / "shards"), row)
-    return _train(run, "pretrain", model, _loader(run, stage, samples, row), -(-stage.tokens // stage.tokens_per_step))
+    loader = _loader(run, stage, samples, row)
+    return _train(run, "pretrain", model, loader, -(-stage.tokens // loader.step_tokens))
 
 
 def sft(run: Run) -> dict[str, Any]:
@@ -164,8 +165,9 @@ def sft(run: Run) -> dict[str, Any]:
     longest, room = int(samples.lengths.max()), model.config.max_position_embeddings
     if longest > room:
         raise BadInput(f"the longest chat has {longest} tokens, the model only {room} positions; raise model.max_position_embeddings.")
-    steps = max(round(stage.epochs * int(samples.lengths.sum()) / stage.tokens_per_step), 1)
-    return _train(run, "sft", model, _loader(run, stage, samples, max(stage.sequence_length, longest)), steps)
+    loader = _loader(run, stage, samples, max(stage.sequence_length, longest))
+    steps = max(round(stage.epochs * int(samples.lengths.sum()) / loader.step_tokens), 1)
+    return _train(run, "sft", model, loader, steps)
 
 
 def rl(run: Run) -> dict[str, Any]:

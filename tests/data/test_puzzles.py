@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -312,13 +313,13 @@ def test_constant_and_copied_answers_score_at_their_known_baseline():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([3, 4]), st.integers(1, 4), st.integers(0, 8))
-def test_countdown_traces_say_only_what_is_true_and_never_try_twice(seed, numbers, low, more):
+@given(st.integers(0, 2**32), st.sampled_from([3, 4]), st.integers(1, 12))
+def test_countdown_traces_say_only_what_is_true_and_never_try_twice(seed, numbers, attempts):
     rng = random.Random(seed)
     problem = countdown.generate(rng, numbers=numbers)
-    trace = countdown.trace(problem, rng, attempts=(low, low + more), false_claim=0.2)
+    trace = countdown.trace(problem, rng, attempts=attempts, give_up=0.1, false_claim=0.2)
     lines = trace.thought.split("\n")
-    assert 1 <= len(lines) <= low + more
+    assert 1 <= len(lines) <= attempts
     seen = set()
     for index, line in enumerate(lines):
         forms, result, target, off, said = re.fullmatch(r"(.+)=(\d\d),(\d\d):(\d\d) (yes|no)", line).groups()
@@ -330,7 +331,7 @@ def test_countdown_traces_say_only_what_is_true_and_never_try_twice(seed, number
         assert sorted(reference(expressions[0])[1]) == problem.data["numbers"]
         assert said == ("yes" if index == len(lines) - 1 and trace.answer != "none" else "no")
         assert said == "yes" or result != target
-        name = without_order(ast.parse(expressions[0], mode="eval").body)
+        name = fingerprint(expressions[0])
         assert name not in seen
         seen.add(name)
     if trace.answer != "none":
@@ -339,13 +340,37 @@ def test_countdown_traces_say_only_what_is_true_and_never_try_twice(seed, number
         assert countdown.verify(problem, trace.answer) is (Verdict.RIGHT if right else Verdict.WRONG)
 
 
-def without_order(node):
-    """An expression's tree as text, the same for a+b and b+a."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    sides = [without_order(node.left), without_order(node.right)]
-    operator = type(node.op).__name__
-    return f"{operator}({','.join(sorted(sides) if operator in ('Add', 'Mult') else sides)})"
+def fingerprint(expression):
+    """Equal for expressions that the laws of arithmetic make equal: values modulo a prime with each number read as a fixed random one."""
+    prime = 2**89 - 1
+    stand_in = re.sub(r"\d+", lambda m: str(random.Random(m[0]).getrandbits(80)), expression)
+
+    def value(node):
+        if isinstance(node, ast.Constant):
+            return node.value
+        x, y = value(node.left), value(node.right)
+        kind = type(node.op).__name__
+        return {"Add": x + y, "Sub": x - y, "Mult": x * y, "Div": x * pow(y, -1, prime)}[kind] % prime
+
+    return value(ast.parse(stand_in, mode="eval").body)
+
+
+@pytest.mark.parametrize("numbers", [(4, 9, 19), (6, 6, 13), (1, 1, 1), (2, 3, 5, 7), (5, 5, 10, 20)])
+def test_countdown_attempts_are_all_there_are_each_once_and_one_follows_the_other(numbers):
+    rng = random.Random(1)
+    tried = []
+    for target in range(1, 100):
+        problem = Problem("countdown", "", "", {"numbers": list(numbers), "target": target})
+        trace = countdown.trace(problem, rng, attempts=10**6, give_up=0.0, planted=0.0, false_claim=0.0)
+        assert (trace.answer != "none") == (countdown.solve(problem) is not None)
+        tried.append([line.split("=")[0] for line in trace.thought.split("\n")])
+    longest = max(tried, key=len)
+    order = {fingerprint(e): i for i, e in enumerate(longest)}
+    assert len(order) == len(longest)
+    for lines in tried:
+        places = [order.get(fingerprint(e)) for e in lines]
+        assert None not in places
+        assert all((b - a) % len(longest) == 1 for a, b in pairwise(places))
 
 
 def test_countdown_trace_qualities_do_what_they_say():
@@ -358,17 +383,19 @@ def test_countdown_trace_qualities_do_what_they_say():
         return {verdict: verdicts[verdict] / len(drawn) for verdict in Verdict}, traces
 
     assert shares(planted=1.0)[0][Verdict.RIGHT] == 1
-    none, traces = shares(planted=0.0, false_claim=0.0)
+    assert shares(planted=0.0, give_up=0.0, attempts=1000)[0][Verdict.RIGHT] == 1
+    none, traces = shares(planted=0.0, false_claim=0.0, give_up=0.3, attempts=6)
     assert none[Verdict.WRONG] == 0 and 0.05 < none[Verdict.RIGHT] < 0.5
     lengths = Counter(t.thought.count("\n") + 1 for t in traces if t.answer == "none")
-    assert min(lengths) == 1 and max(lengths) == 6 and lengths[1] > lengths[6] > 200
-    claims = shares(planted=0.0, false_claim=1.0)[0]
+    assert min(lengths) == 1 and max(lengths) == 6
+    assert abs(lengths[1] / 3000 - 0.3 * 0.9) < 0.03 and abs(lengths[2] / lengths[1] - 0.7 * 0.9) < 0.1
+    claims = shares(planted=0.0, false_claim=1.0, give_up=0.3, attempts=6)[0]
     assert claims[Verdict.ABSTAIN] == 0 and abs(claims[Verdict.WRONG] - none[Verdict.ABSTAIN]) < 0.05
-    assert shares(planted=1.0, slip=1.0, attempts=(1, 1))[0][Verdict.RIGHT] < 0.05
+    assert shares(planted=1.0, slip=1.0, attempts=1)[0][Verdict.RIGHT] < 0.05
     with pytest.raises(BadInput, match="share from 0 to 1"):
         countdown.trace(drawn[0], rng, planted=1.5)
     with pytest.raises(BadInput, match="attempts"):
-        countdown.trace(drawn[0], rng, attempts=(3, 2))
+        countdown.trace(drawn[0], rng, attempts=0)
 
 
 def test_chain_trace_qualities_do_what_they_say():

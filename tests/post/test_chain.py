@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import pascaline
+from pascaline.post import stages
 from pascaline.recipe import STAGES, load, parse
 from pascaline.runs import Metrics, read_json
 from pascaline.train import checkpoint
@@ -43,7 +44,9 @@ def same(out: Path, other: Path) -> bool:
 
 
 def files(out: Path) -> dict[Path, tuple[int, int]]:
-    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(out.rglob("*")) if p.name != ".lock" and p.is_file()}
+    """What counts; a killed process may leave a half-written neighbour behind, which the next one sweeps up."""
+    kept = (p for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock" and not p.name.endswith("pascaline-tmp"))
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in kept}
 
 
 def litter(out: Path) -> list[str]:
@@ -93,6 +96,13 @@ def test_every_stage_says_where_it_came_from(tiny_run: Path) -> None:
     steps = [row["step"] for row in Metrics.read(tiny_run / "03-pretrain" / "metrics.jsonl")]
     assert steps == list(range(20))
     assert not litter(tiny_run)
+
+
+def test_pretraining_gets_the_tokens_it_was_promised(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that do not divide a step must not shorten the training."""
+    recipe = load(tiny_run / "recipe.toml", {"pretrain.tokens": 10_000, "pretrain.tokens_per_step": 500, "pretrain.sequence_length": 200})
+    monkeypatch.setattr(stages, "_train", lambda run, name, model, source, steps: {"steps": steps})
+    assert stages.pretrain(stages.Run(recipe, tiny_run, torch.device("cpu"), torch.float32)) == {"steps": 25}  # of two rows each
 
 
 def test_the_model_loads_here_and_in_transformers(tiny_run: Path) -> None:

@@ -17,7 +17,7 @@ from pascaline.tokenizer import SPECIALS, Tokenizer, train
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss, totals
 
-TABLES = {"countdown": Puzzle(examples=20, quality={"attempts": [2, 3]}), "chain": Puzzle(examples=10)}
+TABLES = {"countdown": Puzzle(examples=20, quality={"attempts": 3}), "chain": Puzzle(examples=10)}
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,16 @@
 Generator, trace writer, oracle and verifier in one file. Candidate lines keep every intermediate a positive whole
 number of at most 99, so that a small model reads and writes two digits; the verifier does not ask for that.
 A trace tries one expression a line, works it out, restates the target and says how far off it is before it judges: a tiny model
-learns to subtract long before it learns to compare two numbers by itself.
+learns to subtract long before it learns to compare two numbers by itself. Attempts follow each other in a fixed order, so that what comes
+next can be read off the last line: a model that draws them at random cannot remember what it has tried, and repeats itself.
 """
 
 from __future__ import annotations
 
 import random
 from functools import lru_cache
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 from pascaline.data.puzzles.base import WHITESPACE, Dial, Problem, Trace, Verdict, share, turn
 from pascaline.data.puzzles.expression import evaluate
@@ -18,9 +20,17 @@ from pascaline.errors import BadInput
 
 LEVELS = {"numbers": Dial(3, 3, 4), "largest": Dial(20, 4, 99)}
 CEILING = 99  # of intermediates and of targets
+PRIME = 2**61 - 1
 
-Step = tuple[int, str, int, int]  # left, operator, right, result
 Numbers = tuple[int, ...]  # sorted
+
+
+class Node(NamedTuple):
+    """A number or the result of a step (its place in the order of steps, left, operator, right), and the name of its expression."""
+
+    value: int
+    name: int
+    step: tuple[int, Node, str, Node] | None = None
 
 
 def generate(rng: random.Random, **dials: Any) -> Problem:
@@ -41,34 +51,36 @@ def generate(rng: random.Random, **dials: Any) -> Problem:
 def trace(
     problem: Problem,
     rng: random.Random,
-    attempts: tuple[int, int] = (1, 6),
+    attempts: int = 12,
+    give_up: float = 0.25,
     planted: float = 0.35,
     false_claim: float = 0.03,
     slip: float = 0.0,
 ) -> Trace:
-    """A search written out, one attempt a line, no attempt twice.
+    """A search written out, one attempt a line: a stretch of `_attempts`, which lists every one in a fixed order.
 
-    The number of attempts is drawn evenly from `attempts` (both ends included). With share `planted` the last one is
-    a true solution; a solution met by chance ends the search too. A search without one ends in "none" or, with share
-    `false_claim`, in claiming its last attempt. With share `slip` an attempt misreads its final result.
+    It starts anywhere in that list. After each failed attempt it gives up with chance `give_up`, after `attempts` of them in any case.
+    With share `planted` the start is such that the last attempt it has patience for is a solution. A solution met earlier ends the
+    search. A search without one ends in "none" or, with share `false_claim`, in claiming its last attempt. With share `slip` an
+    attempt misreads its final result.
     """
-    share("countdown", planted=planted, false_claim=false_claim, slip=slip)
-    low, high = attempts
-    if not 1 <= low <= high:
-        raise BadInput(f"puzzle 'countdown': attempts={attempts!r} must be [from, to] with 1 <= from <= to")
+    share("countdown", give_up=give_up, planted=planted, false_claim=false_claim, slip=slip)
+    if attempts < 1:
+        raise BadInput(f"puzzle 'countdown': attempts={attempts!r} must be at least 1")
     numbers, target = tuple(sorted(problem.data["numbers"])), problem.data["target"]
-    count = low + int(rng.random() * (high - low + 1))
-    plant = rng.random() < planted and _reach(numbers) >> target & 1
+    every = _attempts(numbers)
+    patience = 1
+    while patience < attempts and rng.random() >= give_up:
+        patience += 1
+    start = int(rng.random() * len(every))
+    if rng.random() < planted:
+        hits = [i for i, (value, _) in enumerate(every) if value == target]
+        start = hits[int(rng.random() * len(hits))] - patience + 1 if hits else start
     written: list[str] = []
-    seen: set[tuple[Step, ...]] = set()
-    forms: list[str] = []
-    for number in range(1, count + 1):
-        found = _walk(numbers, rng, target) if plant and number == count else _unseen(numbers, rng, seen)
-        if found is None:
-            break
-        steps = _shown(found, rng)
-        result = steps[-1][3] if not slip or rng.random() >= slip else _misread(steps[-1][3], rng)
-        forms = _rewritings(steps, numbers)
+    for number in range(min(patience, len(every))):
+        result, forms = every[(start + number) % len(every)]
+        if slip and rng.random() < slip:
+            result = _misread(result, rng)
         written.append(f"{'='.join(forms)}={result:02},{target:02}:{abs(result - target):02} ")
         if result == target:
             return Trace("no\n".join(written) + "yes", forms[0])
@@ -81,9 +93,7 @@ def trace(
 def solve(problem: Problem) -> str | None:
     """A right answer with whole positive intermediates up to 99, or None when there is none."""
     numbers, target = tuple(sorted(problem.data["numbers"])), problem.data["target"]
-    if not 1 <= target <= CEILING or not _reach(numbers) >> target & 1:
-        return None
-    return _rewritings(_walk(numbers, None, target), numbers)[0]
+    return next((forms[0] for value, forms in _attempts(numbers) if value == target), None)
 
 
 def verify(problem: Problem, answer: str) -> Verdict:
@@ -100,25 +110,10 @@ def verify(problem: Problem, answer: str) -> Verdict:
     return Verdict.RIGHT if read[0] == problem.data["target"] else Verdict.WRONG
 
 
-@lru_cache(maxsize=1 << 16)
-def _moves(numbers: Numbers) -> tuple[tuple[Step, Numbers], ...]:
-    """Every legal first step on these numbers, with the numbers left after it. There is always at least one."""
-    moves: list[tuple[Step, Numbers]] = []
-    pairs = set()
-    for i in range(1, len(numbers)):
-        for j in range(i):
-            big, small = numbers[i], numbers[j]
-            if (big, small) in pairs:
-                continue
-            pairs.add((big, small))
-            rest = numbers[:j] + numbers[j + 1 : i] + numbers[i + 1 :]
-            results = [("+", big + small), ("-", big - small), ("*", big * small)]
-            if big % small == 0:
-                results.append(("/", big // small))
-            for operator, value in results:
-                if 0 < value <= CEILING:
-                    moves.append(((big, operator, small, value), tuple(sorted((*rest, value)))))
-    return tuple(moves)
+def _results(x: int, y: int) -> list[tuple[str, int]]:
+    """What x >= y > 0 give: positive whole numbers up to CEILING, at least one."""
+    results = [("+", x + y), ("-", x - y), ("*", x * y), ("/", x // y if x % y == 0 else 0)]
+    return [(operator, value) for operator, value in results if 0 < value <= CEILING]
 
 
 @lru_cache(maxsize=1 << 17)
@@ -127,67 +122,53 @@ def _reach(numbers: Numbers) -> int:
     if len(numbers) == 1:
         return 1 << numbers[0]
     mask = 0
-    for _, rest in _moves(numbers):
-        mask |= _reach(rest)
+    for i, j in combinations(range(len(numbers)), 2):
+        rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
+        for _, value in _results(numbers[j], numbers[i]):
+            mask |= _reach(tuple(sorted((*rest, value))))
     return mask
 
 
-def _walk(numbers: Numbers, rng: random.Random | None, target: int | None = None) -> list[Step]:
-    """Random legal steps until one number is left; with a target only steps from which it can still be reached.
-
-    Without rng the first such step each time.
+@lru_cache(maxsize=1 << 11)
+def _attempts(numbers: Numbers) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """Every way to use all the numbers, each once: its result and its rewritings. In a fixed order: by the first step, then by the
+    second, ...; larger operands come first, and + before - before * before /. Of expressions that are always equal, as (a+b)-c
+    and (a-c)+b, only the first is listed.
     """
-    steps = []
-    while len(numbers) > 1:
-        moves = _moves(numbers)
-        if target is not None:
-            moves = tuple(move for move in moves if _reach(move[1]) >> target & 1)
-        step, numbers = moves[int(rng.random() * len(moves)) if rng else 0]
-        steps.append(step)
-    return steps
+    found: dict[int, Node] = {}
+
+    def search(pool: list[Node]) -> None:
+        if len(pool) == 1:
+            found.setdefault(pool[0].name, pool[0])
+        for i, j in combinations(range(len(pool)), 2):
+            x, y = pool[i], pool[j]
+            rest = pool[:i] + pool[i + 1 : j] + pool[j + 1 :]
+            for operator, value in _results(x.value, y.value):
+                node = Node(value, _name(operator, x.name, y.name), (len(numbers) - len(pool), x, operator, y))
+                search(sorted([*rest, node], key=lambda node: (-node.value, node.name)))
+
+    search([Node(n, pow(3, 10**9 + n, PRIME)) for n in sorted(numbers, reverse=True)])
+    return tuple((root.value, tuple(_write(root, done)[1:-1] for done in range(len(numbers) - 1))) for root in found.values())
 
 
-def _unseen(numbers: Numbers, rng: random.Random, seen: set[tuple[Step, ...]]) -> list[Step] | None:
-    """A random attempt that is not in `seen` (the order of independent steps does not make it another)."""
-    for _ in range(50):
-        steps = _walk(numbers, rng)
-        name = tuple(sorted(steps))
-        if name not in seen:
-            seen.add(name)
-            return steps
-    return None  # few numbers and many attempts: all have been seen
+def _write(node: Node, done: int) -> str:
+    """A node in brackets, its first `done` steps worked out, in two digits then, so that results always stand in the same places.
+
+    (13-1)*2 with one step done is 12*02.
+    """
+    if node.step is None or node.step[0] < done:
+        return f"{node.value:02}" if done else str(node.value)
+    _, left, operator, right = node.step
+    return f"({_write(left, done)}{operator}{_write(right, done)})"
 
 
-def _shown(steps: list[Step], rng: random.Random) -> list[Step]:
-    """The steps with the operands of + and * in random order."""
-    return [(y, op, x, value) if op in "+*" and rng.random() < 0.5 else (x, op, y, value) for x, op, y, value in steps]
+def _name(operator: str, x: int, y: int) -> int:
+    """An expression's value when large made-up numbers modulo a prime stand in for the given ones: equal only if always equal (or by a
+    chance of about 1e-15)."""
+    return {"+": x + y, "-": x - y, "*": x * y, "/": x * pow(y, -1, PRIME) if operator == "/" else 0}[operator] % PRIME
 
 
 def _misread(value: int, rng: random.Random) -> int:
     """Another result near the true one."""
     near = [n for n in range(max(1, value - 10), min(CEILING, value + 10) + 1) if n != value]
     return near[int(rng.random() * len(near))]
-
-
-def _rewritings(steps: list[Step], numbers: Numbers) -> list[str]:
-    """The steps as one expression, then the same with one step after the other worked out, but for the last.
-
-    13-1=12, 12*2=24 gives ["(13-1)*2", "12*02"]. Worked-out forms write two digits, so that results always stand in the same places.
-    """
-    pool: list[tuple[int, Any]] = [(number, None) for number in numbers]
-
-    def take(value: int) -> tuple[int, Any]:
-        index = max(i for i, (have, _) in enumerate(pool) if have == value)  # the newest: a result before a number
-        return pool.pop(index)
-
-    for order, (x, op, y, value) in enumerate(steps):
-        left, right = take(x), take(y)
-        pool.append((value, (order, left, op, right)))
-
-    def write(node: tuple[int, Any], done: int) -> str:
-        value, step = node
-        if step is None or step[0] < done:
-            return f"{value:02}" if done else str(value)
-        return f"({write(step[1], done)}{step[2]}{write(step[3], done)})"
-
-    return [write(pool[0], done)[1:-1] for done in range(len(steps))]
