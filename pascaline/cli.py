@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+data = typer.Typer(help="Build corpora.", no_args_is_help=True)
+app.add_typer(data, name="data")
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
 
 
@@ -123,6 +125,23 @@ def doctor(as_json: Json = False) -> None:
             else value
         )
         print(f"{name:12} {inner}")
+
+
+@data.command("build")
+def data_build(
+    recipe: Annotated[Path, typer.Argument(help="a recipe file; its corpus, puzzles and tokenizer tables count")],
+    out: Annotated[Path | None, typer.Option(help="the run's folder (default: runs/NAME-OF-RECIPE)")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="override a key: --set corpus.dedup=minhash (repeatable)")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over; what is there is kept in OUT.old-N")] = False,
+) -> None:
+    """Gather, filter and deduplicate the corpus and write its token shards; `pascaline run` with the same folder goes on from there."""
+    from pascaline.post.chain import run as run_chain
+    from pascaline.recipe import read_setting
+
+    out = out or Path("runs") / recipe.stem
+    run_chain(recipe, out, dict(read_setting(s) for s in set or []), "tokenizer", fresh)
+    print((out / "01-corpus" / "card.md").read_text(encoding="utf-8"))
+    print(f"Texts: {out / '01-corpus' / 'documents.jsonl'}\nToken shards: {out / '02-tokenizer' / 'shards'}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

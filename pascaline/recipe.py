@@ -20,10 +20,16 @@ class Table(BaseModel):
 
 
 class Corpus(Table):
-    """Real text. sources: "stdlib" (Python's own standard library), files or directories; max_bytes: at most so much of it."""
+    """Real text. sources: "stdlib" (Python's own standard library), files or directories; max_bytes: at most so much of it is read.
+
+    filters: tables [corpus.filters.NAME], run in their order, with the thresholds to change (docs/data.md); dedup: equal texts, or nearly
+    equal ones too; decontaminate: files of evaluation texts that must not occur."""
 
     sources: list[str] = ["stdlib"]
     max_bytes: int = Field(4_000_000, ge=0)
+    filters: dict[str, dict[str, Any]] = {}
+    dedup: Literal["none", "exact", "minhash"] = "none"
+    decontaminate: list[str] = []
 
 
 class Puzzle(Table):

@@ -50,7 +50,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 # ---- light
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"], ["chat", "-h"], ["report", "--help"], ["bench", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["run", "--help"], ["chat", "-h"], ["report", "--help"], ["bench", "--help"], ["data", "build", "-h"]]
+)
 def test_help_answers_without_torch(arguments: list[str]) -> None:
     code = (
         f"import sys; sys.argv = ['pascaline', *{arguments!r}]\nfrom pascaline.cli import main\ntry: main()\nexcept SystemExit: pass\n"
@@ -298,3 +300,35 @@ def test_it_is_quick_to_say_what_is_wrong() -> None:
     began = time.perf_counter()
     assert program("run", "nowhere.toml").returncode == 2
     assert time.perf_counter() - began < 5
+
+
+# ---- corpora
+
+
+def test_data_build_tells_what_it_kept_and_the_chain_goes_on_from_it(tmp_path: Path) -> None:
+    texts = ["The river of the garden has to be crossed with a boat.", "The river  of the garden has to be crossed with a boat.", "m" * 300]
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings = [f'corpus.sources=["{tmp_path / "web.jsonl"}"]', "corpus.dedup=exact", "corpus.filters={runs={}}"]
+    command = ["data", "build", TINY, "--out", tmp_path / "run", *(a for setting in settings for a in ("--set", setting))]
+    done = program(*command)
+    assert done.returncode == 0, done.stderr
+    assert "| 1 | 54 |" in done.stdout and "| duplicate | 1 | 33.3% |" in done.stdout and "| runs.max_run | 1 | 33.3% |" in done.stdout
+    found = [json.loads(line)["filter"] for line in (tmp_path / "run" / "01-corpus" / "excluded.jsonl").read_text().splitlines()]
+    assert sorted(found) == ["duplicate", "runs.max_run"]
+    assert list((tmp_path / "run" / "02-tokenizer" / "shards").glob("*.bin")) and not (tmp_path / "run" / "03-pretrain").exists()
+    before = (tmp_path / "run" / "02-tokenizer" / "tokenizer.json").stat().st_mtime_ns
+    assert "| duplicate |" in program(*command).stdout  # told again, not done again
+    assert (tmp_path / "run" / "02-tokenizer" / "tokenizer.json").stat().st_mtime_ns == before
+
+
+def test_a_corpus_of_which_nothing_is_left_says_why(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "web.jsonl").write_text(json.dumps({"text": "m" * 300}) + "\n")
+    settings = [
+        f'corpus.sources=["{tmp_path / "web.jsonl"}"]',
+        "corpus.filters={runs={}}",
+        "puzzles.countdown.traces=0",
+        "puzzles.chain.traces=0",
+    ]
+    said = refused("run", TINY, "--json", "--out", tmp_path / "run", *(a for setting in settings for a in ("--set", setting)))
+    assert "nothing is left of the corpus: runs.max_run (1)" in said and "excluded.jsonl" in said
+    assert (tmp_path / "run" / "01-corpus" / "excluded.jsonl").stat().st_size > 0

@@ -120,6 +120,23 @@ def test_a_wrong_type_is_named(key: str, value: Any, words: str) -> None:
         ({"corpus.sources": [], "puzzles.countdown.traces": 0, "puzzles.chain.traces": 0}, "the corpus would be empty"),
         ({"corpus.max_bytes": 0, "puzzles.countdown.traces": 0, "puzzles.chain.traces": 0}, "the corpus would be empty"),
         ({"puzzles.countdown.examples": 0, "puzzles.chain.examples": 0}, "sft has nothing to learn from"),
+        ({"corpus.filters.gofer_quality": {}}, "corpus.filters.gofer_quality is not a filter; did you mean 'gopher_quality'?"),
+        (
+            {"corpus.filters.gopher_quality.min_word": 3},
+            "corpus.filters.gopher_quality.min_word is not a known key; did you mean 'min_words'?",
+        ),
+        ({"corpus.filters.gopher_quality.min_words": "few"}, "min_words = 'few' is wrong: it must look like 50"),
+        ({"corpus.filters.gopher_repetition.top_ngrams": {"1": 0.2}}, "must look like {'2': 0.2, '3': 0.18, '4': 0.16}"),
+        ({"corpus.filters.gopher_repetition.top_ngrams": {"2": "much"}}, "must look like"),
+        ({"corpus.filters.c4.unwanted": "cookies"}, "must look like ['javascript'"),
+        ({"corpus.filters.script.scripts": ["latn"]}, "script 'latn'"),
+        ({"corpus.filters.quality.good": ["stdlib"]}, "name files or folders in both good and bad"),
+        (
+            {"corpus.filters.quality.good": ["nowhere"], "corpus.filters.quality.bad": ["stdlib"]},
+            "'nowhere' is neither a file nor a folder",
+        ),
+        ({"corpus.decontaminate": ["nowhere.jsonl"]}, "'nowhere.jsonl' is neither"),
+        ({"corpus.dedup": "fuzzy"}, "'none', 'exact' or 'minhash'"),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
@@ -24,6 +25,7 @@ SUFFIXES = (*WHOLE, ".jsonl", ".parquet")
 PIECE = 16_384  # bytes; a longer text is cut so that no document is endless
 BLOCK = 1 << 20
 SHOWN = 200  # characters of an excluded text that are kept
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 Excluded = Callable[[dict[str, Any]], None]
 
@@ -115,13 +117,13 @@ def _files(source: str, root: Path, excluded: Excluded) -> Iterator[Document]:
 
     def failed(error: OSError) -> None:
         path = Path(error.filename or root)
-        _exclude(excluded, source, path.relative_to(root).as_posix(), "unreadable", error.strerror, "")
+        exclude(excluded, source, path.relative_to(root).as_posix(), "unreadable", error.strerror, "")
 
     for folder, folders, names in os.walk(root, onerror=failed):
         place = Path(folder)
         for name in sorted(folders):
             if name.startswith(".") or name == "__pycache__":
-                _exclude(excluded, source, (place / name).relative_to(root).as_posix(), "folder", name, "")
+                exclude(excluded, source, (place / name).relative_to(root).as_posix(), "folder", name, "")
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in sorted(names):
             yield from _file(place / name, source, (place / name).relative_to(root).as_posix(), excluded)
@@ -130,9 +132,9 @@ def _files(source: str, root: Path, excluded: Excluded) -> Iterator[Document]:
 def _file(path: Path, source: str, name: str, excluded: Excluded) -> Iterator[Document]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        _exclude(excluded, source, name, "suffix", path.suffix, "")
+        exclude(excluded, source, name, "suffix", path.suffix, "")
     elif not path.is_file():  # a pipe would block for ever, a dangling link has no text
-        _exclude(excluded, source, name, "unreadable", "not a regular file", "")
+        exclude(excluded, source, name, "unreadable", "not a regular file", "")
     elif suffix in WHOLE:
         yield from _pieces(path, source, name, excluded)
     elif suffix == ".jsonl":
@@ -150,7 +152,7 @@ def _pieces(path: Path, source: str, name: str, excluded: Excluded) -> Iterator[
         problem = _unfit(path)
         if problem:
             with open(path, "rb") as raw:
-                _exclude(excluded, source, name, *problem, raw.read(SHOWN).decode(errors="replace"))
+                exclude(excluded, source, name, *problem, raw.read(SHOWN).decode(errors="replace"))
             return
         with open(path, encoding="utf-8-sig", newline="") as file:  # newline="": line ends stay as they are
             number, size, lines = 0, 0, list[str]()
@@ -163,7 +165,7 @@ def _pieces(path: Path, source: str, name: str, excluded: Excluded) -> Iterator[
                 lines.append(line)
             yield Document("".join(lines), source, f"{name}:{number}")
     except (OSError, UnicodeError) as error:  # unreadable, or changed between the two readings
-        _exclude(excluded, source, name, "unreadable", str(error), "")
+        exclude(excluded, source, name, "unreadable", str(error), "")
 
 
 def _unfit(path: Path) -> tuple[str, Any] | None:
@@ -198,14 +200,14 @@ def _jsonl(path: Path, source: str, name: str, excluded: Excluded) -> Iterator[D
                     row = json.loads(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError) as error:
                     wrong = "encoding" if isinstance(error, UnicodeDecodeError) else "json"
-                    _exclude(excluded, source, place, wrong, str(error), line[:SHOWN].decode(errors="replace"))
+                    exclude(excluded, source, place, wrong, str(error), line[:SHOWN].decode(errors="replace"))
                     continue
                 text = row.get("text") if isinstance(row, dict) else None
                 yield from _value(text, source, place, excluded)
             if not path.stat().st_size:
-                _exclude(excluded, source, name, "empty", 0, "")
+                exclude(excluded, source, name, "empty", 0, "")
     except OSError as error:
-        _exclude(excluded, source, name, "unreadable", str(error), "")
+        exclude(excluded, source, name, "unreadable", str(error), "")
 
 
 def _parquet(path: Path, source: str, name: str, excluded: Excluded) -> Iterator[Document]:
@@ -219,31 +221,32 @@ def _parquet(path: Path, source: str, name: str, excluded: Excluded) -> Iterator
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
-                _exclude(excluded, source, name, "column", ", ".join(file.schema_arrow.names), "")
+                exclude(excluded, source, name, "column", ", ".join(file.schema_arrow.names), "")
                 return
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
                 for text in batch.column(0).to_pylist():
                     yield from _value(text, source, f"{name}:{number}", excluded)
                     number += 1
     except (OSError, pyarrow.ArrowException, UnicodeError) as error:
-        _exclude(excluded, source, name, "unreadable", str(error), "")
+        exclude(excluded, source, name, "unreadable", str(error), "")
 
 
 def _value(text: Any, source: str, place: str, excluded: Excluded) -> Iterator[Document]:
     """One row's text, if it is fit to use."""
     if not isinstance(text, str):
-        _exclude(excluded, source, place, "column", f"text is {type(text).__name__}", "")
+        exclude(excluded, source, place, "column", f"text is {type(text).__name__}", "")
     elif not text.strip():
-        _exclude(excluded, source, place, "empty", len(text), text)
+        exclude(excluded, source, place, "empty", len(text), text)
     elif "\0" in text:
-        _exclude(excluded, source, place, "binary", text.index("\0"), text)
-    elif any("\ud800" <= character <= "\udfff" for character in text):  # JSON can say half a character
-        _exclude(excluded, source, place, "encoding", "lone surrogate", text)
+        exclude(excluded, source, place, "binary", text.index("\0"), text)
+    elif not text.isascii() and SURROGATE.search(text):  # JSON can say half a character
+        exclude(excluded, source, place, "encoding", "lone surrogate", text)
     else:
         yield Document(text, source, place)
 
 
-def _exclude(excluded: Excluded, source: str, place: str, name: str, value: Any, text: str) -> None:
+def exclude(excluded: Excluded, source: str, place: str, name: str, value: Any, text: str) -> None:
+    """Tell `excluded` what was left out: {"id", "source", "filter", "value", "text"}, at most SHOWN characters of it."""
     shown = text[:SHOWN].encode(errors="replace").decode()
     where = place.encode(errors="replace").decode()  # file names can hold bytes that are not UTF-8
     excluded({"id": where, "source": source, "filter": name, "value": value, "text": shown})

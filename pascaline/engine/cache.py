@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pascaline.model.config import ModelConfig
 
-BLOCK = 64  # capacity grows and attention spans are cut in steps of this many positions
+BLOCK = 64  # capacity grows in steps of this many positions
+SPAN = 32  # and attention reads multiples of this many
 
 
 class PrefillCache:
@@ -57,7 +58,7 @@ class LatentCache:
         """Prepare one decode step of the first `rows` rows, the longest of which holds `longest` tokens."""
         self.rows, self.longest = rows, longest + 1
         self._reserve(self.longest)
-        self.span = min(-(-self.longest // BLOCK) * BLOCK, self.entries.shape[2])
+        self.span = min(-(-self.longest // SPAN) * SPAN, self.entries.shape[2])
         at = self.lengths[:rows]
         hidden = torch.arange(self.span, device=at.device) > at.view(rows, 1, 1)
         self.mask = self.entries.new_zeros(rows, 1, self.span).masked_fill_(hidden, -torch.inf)

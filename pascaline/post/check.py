@@ -2,9 +2,12 @@
 
 import inspect
 import random
+from collections.abc import Mapping
 from typing import Any
 
 from pascaline.data import puzzles
+from pascaline.data.build import FILTERS
+from pascaline.data.quality import script
 from pascaline.data.sources import documents
 from pascaline.errors import BadInput, nearest
 from pascaline.model.config import ModelConfig, from_recipe
@@ -24,6 +27,7 @@ def check(recipe: Recipe) -> None:
         if length > config.max_position_embeddings:
             raise BadInput(f"{name}.sequence_length = {length} is more than the model's {config.max_position_embeddings} positions.")
     _check_puzzles(recipe)
+    _check_filters(recipe)
     if recipe.corpus.sources and recipe.corpus.max_bytes:
         next(documents(recipe.corpus.sources, recipe.corpus.max_bytes, lambda _: None), None)  # says what is missing or empty
     elif not any(t.traces for t in recipe.puzzles.values()):
@@ -43,7 +47,7 @@ def _check_puzzles(recipe: Recipe) -> None:
             problem = puzzles.problems(name, 1, 0, held_out=False, **table.dials)[0]
         except TypeError as e:  # a plugin's generate without that dial
             raise BadInput(f"puzzles.{name}.dials: {e}.") from None
-        _check_quality(name, puzzles.get(name).trace, table.quality)
+        _check_keywords(f"puzzles.{name}.quality", puzzles.get(name).trace, table.quality)
         puzzles.get(name).trace(problem, random.Random(0), **table.quality)
     for where, names in (("rl.puzzles", recipe.rl.puzzles), ("eval.puzzles", recipe.eval.puzzles)):
         if not names or set(names) - set(recipe.puzzles):
@@ -54,20 +58,44 @@ def _check_puzzles(recipe: Recipe) -> None:
         raise BadInput("sft has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
 
 
-def _check_quality(name: str, trace: Any, quality: dict[str, Any]) -> None:
-    """Each key must be an optional argument of the puzzle's `trace`, each value shaped like its default."""
-    optional = {k: p.default for k, p in inspect.signature(trace).parameters.items() if p.default is not p.empty}
-    for key, value in quality.items():
+def _check_filters(recipe: Recipe) -> None:
+    samples = [recipe.corpus.decontaminate]
+    for name, table in recipe.corpus.filters.items():
+        if name not in FILTERS:
+            raise BadInput(f"corpus.filters.{name} is not a filter{nearest(name, FILTERS)} (there are {', '.join(FILTERS)}).")
+        _check_keywords(f"corpus.filters.{name}", FILTERS[name], table)
+        if name == "script":
+            script("", **table)  # says which script no letter has
+        if name == "quality":
+            if not (table.get("good") and table.get("bad")):
+                raise BadInput("corpus.filters.quality learns from examples: name files or folders in both good and bad.")
+            samples += [table["good"], table["bad"]]
+    for sources in filter(None, samples):
+        next(documents(sources, None, lambda _: None), None)
+
+
+def _check_keywords(where: str, function: Any, values: dict[str, Any]) -> None:
+    """Each key must be an optional argument of the function, each value shaped like its default."""
+    optional = {k: p.default for k, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+    for key, value in values.items():
         if key not in optional:
-            raise BadInput(f"puzzles.{name}.quality.{key} is not a known key{nearest(key, optional) or '.'}")
+            raise BadInput(f"{where}.{key} is not a known key{nearest(key, optional) or '.'}")
         if not _alike(value, optional[key]):
-            example = list(optional[key]) if isinstance(optional[key], tuple) else optional[key]
-            raise BadInput(f"puzzles.{name}.quality.{key} = {value!r} is wrong: it must look like {example!r}.")
+            raise BadInput(f"{where}.{key} = {value!r} is wrong: it must look like {_example(optional[key])!r}.")
+
+
+def _example(default: Any) -> Any:
+    if isinstance(default, Mapping):
+        return {str(key): value for key, value in default.items()}
+    return sorted(default) if isinstance(default, frozenset) else list(default) if isinstance(default, tuple) else default
 
 
 def _alike(value: Any, example: Any) -> bool:
-    if isinstance(example, tuple):
-        return isinstance(value, list | tuple) and len(value) == len(example) and all(map(_alike, value, example))
+    if isinstance(example, Mapping):  # of n-grams: {"3": 0.2}
+        limits = isinstance(value, dict) and all(map(_alike, value.values(), example.values()))
+        return limits and all(key.isdecimal() and int(key) > 1 for key in value)
+    if isinstance(example, tuple | frozenset):
+        return isinstance(value, list | tuple) and all(_alike(item, next(iter(example))) for item in value)
     if isinstance(example, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return example is None or type(value) is type(example)

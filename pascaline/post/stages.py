@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,9 @@ import torch
 
 from pascaline import tokenizer as tokenizers
 from pascaline.data import puzzles
+from pascaline.data.build import cleaned
 from pascaline.data.loader import CorpusSamples, ListSamples, Loader, Samples
 from pascaline.data.shards import Corpus, ShardWriter
-from pascaline.data.sources import documents
 from pascaline.engine import Engine
 from pascaline.errors import BadInput
 from pascaline.model import hf
@@ -56,37 +58,50 @@ class Run:
 def corpus(run: Run) -> dict[str, Any]:
     """documents.jsonl (text, source, id), excluded.jsonl (what was left out and why) and card.md."""
     recipe, folder = run.recipe, run.folder("corpus")
-    excluded: list[dict[str, Any]] = []
-    counts: dict[str, list[int]] = {}
+    kept, left = Counter[str](), Counter[tuple[str, str]]()
+    size = Counter[str]()
     with (
         atomic_path(folder / "documents.jsonl") as temporary,
         open(temporary, "w", encoding="utf-8") as file,
+        atomic_path(folder / "excluded.jsonl") as temporary_excluded,
+        open(temporary_excluded, "w", encoding="utf-8") as excluded,
         run.progress("corpus", None, "document") as progress,
         Interrupt() as interrupt,
     ):
-        for i, (text, source, name) in enumerate(_texts(recipe, excluded.append)):
-            count = counts.setdefault(source, [0, 0])
-            count[0] += 1
-            count[1] += len(text.encode())
+
+        def exclude(entry: dict[str, Any]) -> None:
+            left[entry["source"], entry["filter"]] += 1
+            excluded.write(json.dumps(entry) + "\n")
+
+        for i, (text, source, name) in enumerate(_texts(recipe, exclude, folder / "scratch")):
+            kept[source] += 1
+            size[source] += len(text.encode())
             file.write(json.dumps({"text": text, "source": source, "id": name}) + "\n")
             progress.update(i + 1, source=source)
             if interrupt.requested:
                 raise Stopped("stopped while gathering the corpus")
-    write_atomic(folder / "excluded.jsonl", "".join(json.dumps(e) + "\n" for e in excluded))
-    lines = [f"| {source} | {n:,} | {size:,} |" for source, (n, size) in counts.items()]
-    reasons: dict[str, int] = {}
-    for entry in excluded:
-        reasons[entry["filter"]] = reasons.get(entry["filter"], 0) + 1
-    left = [f"| {reason} | {n:,} |" for reason, n in sorted(reasons.items())]
-    card = ["# Corpus", "", "| source | documents | bytes |", "|---|---|---|", *lines, "", "Left out (excluded.jsonl):", ""]
-    write_atomic(folder / "card.md", "\n".join([*card, "| reason | files or rows |", "|---|---|", *left, ""]))
-    return {"documents": sum(n for n, _ in counts.values()), "bytes": sum(size for _, size in counts.values())}
+    shutil.rmtree(folder / "scratch", ignore_errors=True)
+    write_atomic(folder / "card.md", _card(kept, size, left))
+    if not kept:
+        why = ", ".join(f"{name} ({n})" for (_, name), n in left.most_common(3))
+        raise BadInput(f"nothing is left of the corpus: {why}; {folder / 'excluded.jsonl'} has each case. Loosen corpus.filters.")
+    return {"documents": kept.total(), "bytes": size.total()}
 
 
-def _texts(recipe: Recipe, exclude: Callable[[dict[str, Any]], None]) -> Iterator[tuple[str, str, str]]:
+def _card(kept: Counter[str], size: Counter[str], left: Counter[tuple[str, str]]) -> str:
+    """What the corpus is made of, and what was left out of each source and why."""
+    seen = {s: kept[s] + sum(n for (source, _), n in left.items() if source == s) for s in {*kept, *(s for s, _ in left)}}
+    lines = ["# Corpus", "", "| source | documents | bytes | share of bytes |", "|---|---|---|---|"]
+    lines += [f"| {s} | {n:,} | {size[s]:,} | {size[s] / max(size.total(), 1):.1%} |" for s, n in kept.items()]
+    lines += ["", "Left out (excluded.jsonl):", "", "| source | filter | files or documents | share of the source's |", "|---|---|---|---|"]
+    lines += [f"| {s} | {why} | {n:,} | {n / seen[s]:.1%} |" for (s, why), n in sorted(left.items())]
+    return "\n".join([*lines, ""])
+
+
+def _texts(recipe: Recipe, exclude: Callable[[dict[str, Any]], None], scratch: Path) -> Iterator[tuple[str, str, str]]:
     """(text, source, id) of the real text and of the puzzles' traces. Training problems only."""
     if recipe.corpus.sources and recipe.corpus.max_bytes:
-        yield from documents(recipe.corpus.sources, recipe.corpus.max_bytes, exclude)
+        yield from cleaned(recipe.corpus, exclude, scratch)
     for name, table in recipe.puzzles.items():
         for i, problem in enumerate(puzzles.problems(name, table.traces, recipe.seed, held_out=False, **table.dials)):
             trace = puzzles.get(name).trace(problem, random.Random(f"corpus {recipe.seed} {name} {i}"), **table.quality)

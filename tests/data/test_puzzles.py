@@ -355,7 +355,7 @@ def fingerprint(expression):
     return value(ast.parse(stand_in, mode="eval").body)
 
 
-@pytest.mark.parametrize("numbers", [(4, 9, 19), (6, 6, 13), (1, 1, 1), (2, 3, 5, 7), (5, 5, 10, 20)])
+@pytest.mark.parametrize("numbers", [(4, 9, 19), (6, 6, 13), (1, 1, 1), (2, 3, 5, 7), (3, 4, 5, 6), (5, 5, 10, 20)])
 def test_countdown_attempts_are_all_there_are_each_once_and_one_follows_the_other(numbers):
     rng = random.Random(1)
     tried = []

@@ -46,12 +46,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
 
 
 @pytest.mark.parametrize("name", ["tiny", "laptop"])
-def test_training_never_draws_a_held_out_problem(name: str, drawn: list[Problem], tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_never_draws_a_held_out_problem(
+    name: str, drawn: list[Problem], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = load(RECIPES / f"{name}.toml")
     for puzzle in recipe.puzzles:  # what is drawn matters here, not what is written about it
         monkeypatch.setattr(puzzles.get(puzzle), "trace", lambda problem, rng, **_: Trace("", problem.key))
     counts = []
-    for _ in stages._texts(recipe, lambda _: None):
+    for _ in stages._texts(recipe, lambda _: None, tmp_path):
         pass
     counts.append(len(drawn))
     puzzle_samples(recipe.puzzles, Tokenizer.load(tiny_run / "model"), recipe.seed)

@@ -145,9 +145,9 @@ def _attempts(numbers: Numbers) -> tuple[tuple[int, tuple[str, ...]], ...]:
             rest = pool[:i] + pool[i + 1 : j] + pool[j + 1 :]
             for operator, value in _results(x.value, y.value):
                 node = Node(value, _name(operator, x.name, y.name), (len(numbers) - len(pool), x, operator, y))
-                search(sorted([*rest, node], key=lambda node: (-node.value, node.name)))
+                search(sorted([*rest, node], key=lambda node: -node.value))
 
-    search([Node(n, pow(3, 10**9 + n, PRIME)) for n in sorted(numbers, reverse=True)])
+    search([Node(n, random.Random(n).randrange(PRIME)) for n in sorted(numbers, reverse=True)])
     return tuple((root.value, tuple(_write(root, done)[1:-1] for done in range(len(numbers) - 1))) for root in found.values())
 
 
