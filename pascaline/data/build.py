@@ -31,7 +31,9 @@ def chosen(tables: dict[str, dict[str, Any]]) -> list[tuple[str, Filter]]:
     found: list[tuple[str, Filter]] = []
     for name, table in tables.items():
         # TOML has text for keys: top_ngrams = {3 = 0.2} is of 3-grams
-        keywords = {key: {int(n): limit for n, limit in v.items()} if isinstance(v, dict) else v for key, v in table.items()}
+        keywords: dict[str, Any] = {
+            key: {int(n): limit for n, limit in v.items()} if isinstance(v, dict) else v for key, v in table.items()
+        }
         found.append((name, quality(**keywords) if name == "quality" else partial(FILTERS[name], **keywords)))
     return found
 
