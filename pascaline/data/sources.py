@@ -56,7 +56,7 @@ def documents(sources: list[str], max_bytes: int | None, excluded: Excluded) -> 
 def _locate(source: str) -> Path:
     if source == STDLIB:
         return Path(sysconfig.get_path("stdlib"))
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.exists():
         return path
     try:

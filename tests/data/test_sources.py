@@ -161,3 +161,9 @@ def test_what_is_not_there_and_what_is_empty_is_said(tmp_path):
         read([tmp_path / "none"])
     with pytest.raises(BadInput, match="empty corpus"):
         read([])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("some text")
+    assert [d.text for d in documents(["~/a.txt"], None, lambda _: None)] == ["some text"]
