@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pascaline.errors import BadInput
 
+FEW = 1 << 14
 HEAD = 64  # top-p usually keeps fewer tokens than this, and a partial sort is far cheaper than a whole one
 
 
@@ -81,9 +83,21 @@ def sample(logits_nV: Tensor, temperature_n: np.ndarray, top_p_n: np.ndarray, un
 
 
 def _invert(p: Tensor, uniform_n: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first index whose cumulated probability reaches uniform * total."""
-    cdf = p.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, (uniform_n * cdf[:, -1]).unsqueeze(1)).squeeze(1).clamp_(max=p.shape[-1] - 1)
+    """Inverse-CDF sampling: the first index whose cumulated probability reaches uniform * total; [n].
+
+    Of many numbers first the block of HEAD, then the index in it: cumulated sums are slow.
+    """
+    if p.numel() <= FEW:
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        return torch.searchsorted(cdf, (uniform_n * cdf[:, -1]).unsqueeze(1)).squeeze(1)
+    blocks = F.pad(p, (0, -p.shape[1] % HEAD)).unflatten(1, (-1, HEAD))
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    reach = (uniform_n * ends[:, -1]).unsqueeze(1)
+    block = torch.searchsorted(ends, reach)
+    inside = blocks[torch.arange(len(p), device=p.device), block.squeeze(1)].cumsum(-1, dtype=torch.float64)
+    # Rounding must not carry the rest past the ends of the block, where probabilities may be 0.
+    rest = torch.minimum((reach - ends.gather(1, block) + inside[:, -1:]).clamp(min=torch.finfo(torch.float64).tiny), inside[:, -1:])
+    return (block * HEAD + torch.searchsorted(inside, rest)).squeeze(1)
 
 
 def _top_p(p_nV: Tensor, top_p_n: Tensor, uniform_n: Tensor) -> Tensor:

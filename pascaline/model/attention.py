@@ -93,12 +93,10 @@ class LatentAttention(nn.Module):
         B, T, H, N = q_nope.shape
         w_HMR = self.kv_b_proj.weight.view(H, N + c.v_head_dim, c.kv_lora_rank)
         q_lat = torch.matmul(q_nope.reshape(B * T, H, N).transpose(0, 1), w_HMR[:, :N])  # [H, B*T, R]
-        q = torch.cat((q_lat.transpose(0, 1).reshape(B, T, H, -1), q_rope), -1).view(B, 1, T * H, -1)
-        # To the kernel all heads are queries of one head, whose keys and values are both the entries.
-        mask = mask_BTS if T == 1 else mask_BTS.repeat_interleave(H, 1)
-        entries = entries_BSC.unsqueeze(1)
-        mixed = F.scaled_dot_product_attention(q, entries, entries, attn_mask=mask.unsqueeze(1), scale=c.attention_scale)
-        mixed = mixed[..., : c.kv_lora_rank].reshape(B * T, H, -1)
+        q = torch.cat((q_lat.transpose(0, 1).reshape(B, T, H, -1), q_rope), -1).view(B, T * H, -1)
+        # All heads are queries of one head, whose keys and values are both the entries.
+        mask_BQS = mask_BTS if T == 1 else mask_BTS.repeat_interleave(H, 1)
+        mixed = attend_latent(q, entries_BSC, mask_BQS, c.attention_scale)[..., : c.kv_lora_rank].reshape(B * T, H, -1)
         out = torch.matmul(mixed.transpose(0, 1), w_HMR[:, N:].transpose(1, 2))  # [H, B*T, V]
         return out.transpose(0, 1).reshape(B, T, H * c.v_head_dim)
 
@@ -128,3 +126,16 @@ def attend(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTV: Tensor, mask_BTT: Tensor, sca
         weights = scores.add_(mask[:, :, start:stop, :stop]).softmax(-1)
         out.append(torch.matmul(weights, v_BHTV[:, :, :stop]))
     return torch.cat(out, 2) if len(out) > 1 else out[0]
+
+
+def attend_latent(q_BQC: Tensor, entries_BSC: Tensor, mask_BQS: Tensor, scale: float) -> Tensor:
+    """Attention of a few queries to entries that are keys and values at once, under an additive mask, [B, Q, C].
+
+    Several rows on the CPU in float32: its bf16 kernels take up to twice as long for so few queries (parity: tests).
+    """
+    if q_BQC.device.type != "cpu" or len(q_BQC) == 1:
+        entries = entries_BSC.unsqueeze(1)
+        return F.scaled_dot_product_attention(q_BQC.unsqueeze(1), entries, entries, attn_mask=mask_BQS.unsqueeze(1), scale=scale)[:, 0]
+    entries = entries_BSC.float()
+    weights = torch.baddbmm(mask_BQS.float(), q_BQC.float(), entries.transpose(1, 2), alpha=scale).softmax(-1)
+    return torch.bmm(weights, entries).to(q_BQC.dtype)

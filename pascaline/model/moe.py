@@ -3,6 +3,8 @@
 Shapes: n tokens, D hidden, E experts, K experts a token, F expert width, C rows reserved per expert.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +25,18 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+class Routing(NamedTuple):
+    """What a router did: its logits [n, E] (float32, with gradient) and the experts it chose [n, K]."""
+
+    logits: Tensor
+    chosen: Tensor
+
+    def load(self, real: Tensor | None = None) -> Tensor:
+        """How many (token, k) pairs each expert got, [E]; only tokens where `real` (n of them) holds count."""
+        index = self.chosen if real is None else self.chosen[real.flatten()]
+        return torch.bincount(index.flatten(), minlength=self.logits.shape[-1])
+
+
 class Router(nn.Module):
     """Scores every expert in float32 and picks K. The bias steers the choice only; it is moved by `balance`, never by a gradient."""
 
@@ -33,10 +47,11 @@ class Router(nn.Module):
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
-    def forward(self, x_nD: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, D] -> weights [n, K] float32 and expert indices [n, K]."""
+    def forward(self, x_nD: Tensor) -> tuple[Tensor, Routing]:
+        """[n, D] -> weights [n, K] float32, and what was chosen."""
         c = self.config
-        scores_nE = F.linear(x_nD.float(), self.weight.float()).sigmoid()
+        logits_nE = F.linear(x_nD.float(), self.weight.float())
+        scores_nE = logits_nE.sigmoid()
         choice_nE = scores_nE.detach() + self.e_score_correction_bias
         if c.n_group > 1:
             grouped = choice_nE.unflatten(1, (c.n_group, -1))
@@ -48,7 +63,7 @@ class Router(nn.Module):
         weight_nK = scores_nE.gather(1, index_nK)
         if c.norm_topk_prob:
             weight_nK = weight_nK / (weight_nK.sum(-1, keepdim=True) + 1e-20)
-        return weight_nK * c.routed_scaling_factor, index_nK
+        return weight_nK * c.routed_scaling_factor, Routing(logits_nE, index_nK)
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, rate: float) -> None:
@@ -70,16 +85,16 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
 
-    def forward(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor, load_E: Tensor) -> Tensor:
+    def forward(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """Sum of the chosen experts' outputs, weighted; [n, D]. Every path computes the same sum (parity: tests)."""
         n = len(x_nD)
         if x_nD.device.type != "cpu":
-            return self.by_grouped_mm(x_nD, weight_nK, index_nK, load_E)
+            return self.by_grouped_mm(x_nD, weight_nK, index_nK)
         if n == 1:
             return self.by_token(x_nD, weight_nK, index_nK)
-        if not torch.is_grad_enabled() and n * len(load_E) <= 512:
+        if not torch.is_grad_enabled() and n * len(self.gate_up_proj) <= 512:
             return self.by_all(x_nD, weight_nK, index_nK)
-        return self.by_padding(x_nD, weight_nK, index_nK, load_E)
+        return self.by_padding(x_nD, weight_nK, index_nK)
 
     def by_loop(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """The reference: one expert after the other."""
@@ -91,14 +106,15 @@ class Experts(nn.Module):
             out = out.index_add(0, token, y * weight_nK[token, slot, None].to(y.dtype))
         return out
 
-    def by_padding(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor, load_E: Tensor) -> Tensor:
+    def by_padding(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """Give each expert as many rows as the busiest needs and run all in one batched matmul. Nothing is dropped.
 
         One shape for all experts is what makes CPU matmuls fast: a loop pays for a new shape per expert.
         """
-        E, (n, K) = len(load_E), index_nK.shape
-        rows = -(-int(load_E.max()) // 16) * 16
+        E, (n, K) = len(self.gate_up_proj), index_nK.shape
         flat = index_nK.flatten()
+        load_E = torch.bincount(flat, minlength=E)
+        rows = -(-int(load_E.max()) // 16) * 16
         order = flat.argsort(stable=True)
         start = load_E.cumsum(0) - load_E
         sorted_expert = flat[order]
@@ -128,10 +144,11 @@ class Experts(nn.Module):
             out.append(torch.cat(parts).sum(0, keepdim=True))
         return torch.cat(out)
 
-    def by_grouped_mm(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor, load_E: Tensor) -> Tensor:
+    def by_grouped_mm(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """Sorted tokens through PyTorch's grouped matmul: no padding; the path for CUDA."""
         K = index_nK.shape[1]
         order = index_nK.flatten().argsort(stable=True)
+        load_E = torch.bincount(index_nK.flatten(), minlength=len(self.gate_up_proj))
         ends = load_E.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(x_nD[order // K], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
         y = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
@@ -179,21 +196,19 @@ class MoE(nn.Module):
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, T, D] -> [B, T, D] and the load [E]: how many (token, k) pairs each expert got.
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """[B, T, D] -> [B, T, D] and the routing of the B * T tokens.
 
         real_BT: False for padding, whose output does not matter. Alike as it is, it would all go to the same few experts; it is dealt
-        out evenly instead and not counted.
+        out evenly instead.
         """
         x_nD = x_BTD.flatten(0, -2)
-        weight_nK, index_nK = self.gate(x_nD)
-        load_E = work_E = torch.bincount(index_nK.flatten(), minlength=len(self.gate.weight))
+        weight_nK, routing = self.gate(x_nD)
+        index_nK = routing.chosen
         if real_BT is not None:
-            dealt = torch.arange(index_nK.numel(), device=x_nD.device).view_as(index_nK) % len(load_E)
-            load_E = torch.bincount(index_nK[real_BT.flatten()].flatten(), minlength=len(load_E))
+            dealt = torch.arange(index_nK.numel(), device=x_nD.device).view_as(index_nK) % len(self.gate.weight)
             index_nK = torch.where(real_BT.view(-1, 1), index_nK, dealt)
-            work_E = torch.bincount(index_nK.flatten(), minlength=len(load_E))
-        y = self.experts(x_nD, weight_nK, index_nK, work_E)
+        y = self.experts(x_nD, weight_nK, index_nK)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x_nD)
-        return y.view_as(x_BTD), load_E
+        return y.view_as(x_BTD), routing

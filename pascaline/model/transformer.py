@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pascaline.model.attention import Cache, LatentAttention, RMSNorm, visible
 from pascaline.model.config import ModelConfig
-from pascaline.model.moe import MLP, Experts, MoE, Router
+from pascaline.model.moe import MLP, Experts, MoE, Router, Routing
 from pascaline.model.rope import turns
 
 
@@ -39,12 +39,12 @@ class Block(nn.Module):
         dense = layer < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, x_BTD: Tensor, view: View) -> tuple[Tensor, Tensor | None]:
-        """[B, T, D] -> [B, T, D] and, for an expert layer, its load [E]."""
+    def forward(self, x_BTD: Tensor, view: View) -> tuple[Tensor, Routing | None]:
+        """[B, T, D] -> [B, T, D] and, for an expert layer, how it routed."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view.turn, view.mask_BTT, view.cache)
         normed = self.post_attention_layernorm(x_BTD)
-        y, load = self.mlp(normed, view.real_BT) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
-        return x_BTD + y, load
+        y, routing = self.mlp(normed, view.real_BT) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
+        return x_BTD + y, routing
 
 
 class MTPBlock(Block):
@@ -58,10 +58,10 @@ class MTPBlock(Block):
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
-    def forward(self, hidden_BTD: Tensor, view: View, next_BTD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_BTD: Tensor, view: View, next_BTD: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         x = self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(hidden_BTD)), -1))
-        x, load = super().forward(x, view)
-        return self.shared_head["norm"](x), load
+        x, routing = super().forward(x, view)
+        return self.shared_head["norm"](x), routing
 
 
 class Trunk(nn.Module):
@@ -97,17 +97,16 @@ class Model(nn.Module):
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Normed last hidden states [B, T, D], and loads [L, E] (tokens per expert, one row an expert layer)."""
+    ) -> tuple[Tensor, list[Routing]]:
+        """Normed last hidden states [B, T, D], and what the expert layers' routers did."""
         view = self.view(tokens_BT, positions_BT, document_ids_BT, cache)
         x = self.model.embed_tokens(tokens_BT)
-        loads = []
+        routings = []
         for layer in self.model.layers[: self.config.num_hidden_layers]:
-            x, load = layer(x, view)
-            if load is not None:
-                loads.append(load)
-        empty = torch.zeros(0, self.config.n_routed_experts, dtype=torch.long, device=x.device)
-        return self.model.norm(x), torch.stack(loads) if loads else empty
+            x, routing = layer(x, view)
+            if routing is not None:
+                routings.append(routing)
+        return self.model.norm(x), routings
 
     def view(self, tokens_BT: Tensor, positions_BT: Tensor | None, document_ids_BT: Tensor | None, cache: Cache | None = None) -> View:
         B, T = tokens_BT.shape
@@ -121,16 +120,16 @@ class Model(nn.Module):
 
     def mtp_hidden(
         self, hidden_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """For depth k = 1, 2, ...: states [B, T, D] whose head predicts token t + 1 + k, and the module's expert load.
+    ) -> list[tuple[Tensor, Routing | None]]:
+        """For depth k = 1, 2, ...: states [B, T, D] whose head predicts token t + 1 + k, and how the module routed.
 
         hidden_BTD are the states of `hidden`. The last k positions see wrapped-around tokens: mask them in the loss.
         """
         view, out = self.view(tokens_BT, positions_BT, document_ids_BT), []
         for module in self.model.layers[self.config.num_hidden_layers :]:
             tokens_BT = tokens_BT.roll(-1, 1)
-            hidden_BTD, load = cast(MTPBlock, module)(hidden_BTD, view, self.model.embed_tokens(tokens_BT))
-            out.append((hidden_BTD, load))
+            hidden_BTD, routing = cast(MTPBlock, module)(hidden_BTD, view, self.model.embed_tokens(tokens_BT))
+            out.append((hidden_BTD, routing))
         return out
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pascaline.data.batch import Batch
+from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
 
 WEIGHTS = ("ce", "rl", "kl")
@@ -41,7 +42,7 @@ def totals(batches: Iterable[Batch]) -> dict[str, float]:
 def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """This micro-batch's share of the step's loss (a scalar with gradient), detached parts to log (shares that add up over the
     micro-batches), and expert loads [L, E] with the MTP modules' routers last."""
-    hidden, loads = model.hidden(batch.tokens, batch.positions, batch.document_ids)
+    hidden, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids)
     weights = {n: batch.streams[n][:, 1:].flatten() for n in WEIGHTS if total.get(n) and n in batch.streams}
     keep = torch.stack(list(weights.values())).ne(0).any(0).nonzero().squeeze(1)
     target = batch.tokens[:, 1:].flatten()[keep]
@@ -61,16 +62,17 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     if "kl" in weights:
         parts["kl"] = rule.kl * (weights["kl"][keep] * k3(logprob, stream("ref_logprob"))).sum() / total["kl"]
     if rule.mtp and "ce" in weights:
-        mtp, mtp_loads = _mtp(model, batch, hidden, total["ce"])
+        mtp, mtp_routings = _mtp(model, batch, hidden, total["ce"])
         parts["mtp"] = rule.mtp * mtp
-        loads = torch.cat((loads, mtp_loads))
+        routings += mtp_routings
     logs = {name: part.detach() for name, part in parts.items()}
     if "rl" in weights:
         with torch.no_grad():
             share = w / total["rl"]
             logs |= {"entropy": (share * entropy).sum(), "clipped": (share * clipped).sum(),
                      "mismatch": (share * log_ratio.abs()).sum()}  # fmt: skip
-    return torch.stack(list(parts.values())).sum(), logs, loads
+    loads = [routing.load(batch.document_ids >= 0) for routing in routings]
+    return torch.stack(list(parts.values())).sum(), logs, torch.stack(loads) if loads else torch.zeros(0, model.config.n_routed_experts)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -123,15 +125,15 @@ def k3(logprob: Tensor, reference: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float) -> tuple[Tensor, Tensor]:
+def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float) -> tuple[Tensor, list[Routing]]:
     """Mean over depths k of the cross-entropy of token t + 1 + k from position t, where it lies in the same document."""
-    losses, loads = [], []
-    for k, (states, load) in enumerate(model.mtp_hidden(hidden, batch.tokens, batch.positions, batch.document_ids), 1):
+    losses, routings = [], []
+    for k, (states, routing) in enumerate(model.mtp_hidden(hidden, batch.tokens, batch.positions, batch.document_ids), 1):
         ahead = 1 + k
         same = batch.document_ids[:, ahead:] == batch.document_ids[:, :-ahead]
         weight = (batch.streams["ce"][:, ahead:] * same).flatten()
         logprob, _ = token_logprobs(states[:, :-ahead].flatten(0, 1), model.head_weight, batch.tokens[:, ahead:].flatten())
         losses.append(-(weight * logprob).sum() / total)
-        if load is not None:
-            loads.append(load)
-    return torch.stack(losses).mean(), torch.stack(loads)
+        if routing is not None:
+            routings.append(routing)
+    return torch.stack(losses).mean(), routings

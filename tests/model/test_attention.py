@@ -41,15 +41,16 @@ class Everything:
         return entries_BTC, visible(None, 1, entries_BTC.shape[1], entries_BTC.device, entries_BTC.dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("changes", SHAPES)
 @torch.no_grad()
-def test_absorbed_is_expanded(changes):
+def test_absorbed_is_expanded(changes, rows):
     config = tiny_config(**changes)
     layer = tiny_model(**changes).model.layers[0].self_attn
     assert isinstance(layer, LatentAttention)
-    x = randn(3, 11, config.hidden_size)
-    turn = turns(config.rope, config.qk_rope_head_dim, torch.arange(11).expand(3, 11))
-    mask = visible(None, 3, 11, x.device, x.dtype)
+    x = randn(rows, 11, config.hidden_size)
+    turn = turns(config.rope, config.qk_rope_head_dim, torch.arange(11).expand(rows, 11))
+    mask = visible(None, rows, 11, x.device, x.dtype)
     assert relative_error(layer(x, turn, mask, Everything()), layer(x, turn, mask)) < 1e-4
 
 

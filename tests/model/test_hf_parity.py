@@ -275,13 +275,13 @@ def test_mtp_states_are_those_of_transformers(number, tmp_path, monkeypatch):
     hidden, _ = model.hidden(batch)
     assert relative_error(hidden, states) < 1e-4
     shifted = batch
-    for depth, (found, load) in enumerate(model.mtp_hidden(hidden, batch)):
+    for depth, (found, routing) in enumerate(model.mtp_hidden(hidden, batch)):
         shifted = shifted.roll(-1, 1)
         states = oracle.forward_layer(depth, states, positions, None, input_ids=shifted)
         sound = slice(0, 24 - depth - 1)  # later positions see tokens from the other end
         assert relative_error(found[:, sound], states[:, sound]) < 1e-4
         assert relative_error(model.head(found[:, sound]), oracle._project_to_logits(states[:, sound])) < 1e-4
-        assert load.sum() == batch.numel() * model.config.num_experts_per_tok
+        assert routing.load().sum() == batch.numel() * model.config.num_experts_per_tok
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """Every way to run the experts gives the same sum; the router at its edges; the balancing bias."""
 
-import inspect
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,9 +29,7 @@ def routing(kind: str, n: int, seed: int = 0) -> torch.Tensor:
 
 
 def run(experts: Experts, path: str, x, weight, index):
-    method = getattr(experts, path)
-    wants_load = "load_E" in inspect.signature(method).parameters
-    return method(x, weight, index, *([torch.bincount(index.flatten(), minlength=E)] if wants_load else []))
+    return getattr(experts, path)(x, weight, index)
 
 
 PATHS = ["forward", *sorted(name for name in vars(Experts) if name.startswith("by_") and name != "by_loop")]
@@ -79,8 +75,7 @@ def test_padding_passes_gradcheck():
     index = routing("one gets all", 9)
     x = randn(9, D).double().requires_grad_()
     weight = randn(9, K, seed=1).sigmoid().double().requires_grad_()
-    load = torch.bincount(index.flatten(), minlength=E)
-    assert torch.autograd.gradcheck(lambda a, b: layer.by_padding(a, b, index, load), (x, weight), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda a, b: layer.by_padding(a, b, index), (x, weight), fast_mode=True)
 
 
 @pytest.mark.parametrize("n", [3, 40])
@@ -130,7 +125,7 @@ def test_choices_and_weights_are_the_papers(groups, norm, level, data):
                    routed_scaling_factor=2.5)  # fmt: skip
     found.e_score_correction_bias.copy_(level + 0.5 * randn(E, seed=5))
     x = randn(13, D, seed=7)
-    weight, index = found(x)
+    weight, (_, index) = found(x)
     assert weight.dtype == torch.float32 and index.shape == weight.shape == (13, k)
     for expected, weights, indices in zip(by_hand(found, x), weight.tolist(), index.tolist(), strict=True):
         assert dict(zip(indices, weights, strict=True)) == pytest.approx(expected, rel=1e-4)
@@ -142,7 +137,7 @@ def test_a_closed_group_is_never_chosen_however_negative_the_open_one():
     """With zeros in place of -inf (older transformers, litgpt) the closed group would win here."""
     found = router(n_group=2, topk_group=1, num_experts_per_tok=4)
     found.e_score_correction_bias.copy_(torch.tensor([-5.0] * 4 + [-6.0] * 4))
-    _, index = found(randn(50, D))
+    _, (_, index) = found(randn(50, D))
     assert (index < 4).all()
 
 
@@ -151,7 +146,7 @@ def test_ties_still_choose_k_different_experts(groups):
     found = router(n_group=groups[0], topk_group=groups[1], num_experts_per_tok=3)
     with torch.no_grad():
         found.weight.zero_()
-    weight, index = found(randn(20, D))
+    weight, (_, index) = found(randn(20, D))
     assert all(len(set(row)) == 3 for row in index.tolist())
     assert torch.allclose(weight, torch.full_like(weight, 1 / 3))
     size = E // groups[0]
@@ -171,17 +166,17 @@ def test_the_bias_moves_the_choice_and_not_the_weights():
     x = randn(30, D)
     scores = (x @ found.weight.detach().T).sigmoid()
     found.e_score_correction_bias[5] = 10.0
-    weight, index = found(x)
+    weight, (_, index) = found(x)
     assert (index == 5).all() and torch.allclose(weight, scores[:, 5:6])
     found.e_score_correction_bias[5] = -10.0
-    assert not (found(x)[1] == 5).any()
+    assert not (found(x)[1].chosen == 5).any()
 
 
 def test_no_gradient_reaches_the_bias_and_all_scores_chosen_get_one():
     found = router(num_experts_per_tok=3)
     assert "e_score_correction_bias" in dict(found.named_buffers()) and "e_score_correction_bias" not in dict(found.named_parameters())
     found.e_score_correction_bias.requires_grad_()
-    weight, index = found(0.2 * randn(4, D))
+    weight, (_, index) = found(0.2 * randn(4, D))
     (weight * randn(4, 3, seed=3)).sum().backward()
     assert found.e_score_correction_bias.grad is None
     chosen = torch.bincount(index.flatten(), minlength=E) > 0
@@ -191,8 +186,8 @@ def test_no_gradient_reaches_the_bias_and_all_scores_chosen_get_one():
 def test_the_router_scores_in_float32_whatever_comes_in():
     found = router()
     x = randn(40, D).bfloat16()
-    weight, index = found(x)
-    exact_weight, exact_index = found(x.float())
+    weight, (_, index) = found(x)
+    exact_weight, (_, exact_index) = found(x.float())
     assert weight.dtype == torch.float32 and torch.equal(index, exact_index) and torch.equal(weight, exact_weight)
 
 
@@ -215,9 +210,10 @@ def test_the_layer_is_routed_plus_shared_and_counts_its_load(n):
     layer = tiny_model(n_shared_experts=2).model.layers[1].mlp
     assert isinstance(layer, MoE)
     x = randn(2, n, D)
-    y, load = layer(x)
+    y, routing = layer(x)
+    load = routing.load()
     flat = x.flatten(0, 1)
-    weight, index = layer.gate(flat)
+    weight, (_, index) = layer.gate(flat)
     expected = layer.experts.by_loop(flat, weight, index) + layer.shared_experts(flat)
     assert relative_error(y.flatten(0, 1), expected) < 1e-5
     assert load.tolist() == torch.bincount(index.flatten(), minlength=E).tolist() and load.sum() == 2 * n * K
@@ -231,10 +227,10 @@ def test_without_shared_experts():
 
 def test_loads_of_the_whole_model_count_every_token_once_per_layer():
     model = tiny_model(num_hidden_layers=4, first_k_dense_replace=1)
-    _, loads = model.hidden(torch.zeros(3, 7, dtype=torch.long))
-    assert loads.shape == (3, E) and loads.sum(1).tolist() == [3 * 7 * K] * 3
+    _, routings = model.hidden(torch.zeros(3, 7, dtype=torch.long))
+    assert [routing.load().sum() for routing in routings] == [3 * 7 * K] * 3
     dense = tiny_model(num_hidden_layers=2, first_k_dense_replace=2)
-    assert dense.hidden(torch.zeros(1, 4, dtype=torch.long))[1].shape == (0, E)
+    assert dense.hidden(torch.zeros(1, 4, dtype=torch.long))[1] == []
 
 
 # ---- balancing -------------------------------------------------------------------------------------------------------
@@ -271,12 +267,12 @@ def test_balancing_evens_out_a_collapsed_router():
     x = randn(400, D).abs()
 
     def violation() -> float:
-        load = torch.bincount(found(x)[1].flatten(), minlength=E)
+        load = torch.bincount(found(x)[1].chosen.flatten(), minlength=E)
         return float(load.max() / load.float().mean())
 
     before = violation()
     for _ in range(300):
-        found.balance(torch.bincount(found(x)[1].flatten(), minlength=E), 0.01)
+        found.balance(torch.bincount(found(x)[1].chosen.flatten(), minlength=E), 0.01)
     assert before > 2.5 and violation() < 1.5
 
 
@@ -286,7 +282,8 @@ def test_padding_is_not_counted_and_does_not_crowd_an_expert():
     tokens[:, 20:] = 2
     documents = torch.zeros(2, 40, dtype=torch.long)
     documents[:, 20:] = -1
-    hidden, loads = model.hidden(tokens, document_ids_BT=documents)
-    alone, loads_alone = model.hidden(tokens[:, :20])
+    hidden, routings = model.hidden(tokens, document_ids_BT=documents)
+    alone, routings_alone = model.hidden(tokens[:, :20])
     assert torch.allclose(hidden[:, :20], alone, atol=1e-5)
-    assert torch.equal(loads, loads_alone)
+    for routing, routing_alone in zip(routings, routings_alone, strict=True):
+        assert torch.equal(routing.load(documents >= 0), routing_alone.load())
