@@ -29,7 +29,7 @@ def ours(dtype: torch.dtype, tokens: torch.Tensor) -> Callable[[], int]:
         loss, _, loads = losses.compute(model, batch, total, losses.Loss())
         loss.backward()
         optimizer.collect()
-        optimizer.step(1e-3)
+        optimizer.step(1e-3, optimizer.norm())
         for router, load in zip(routers, loads, strict=True):
             router.balance(load, 1e-3)
         return tokens.numel()

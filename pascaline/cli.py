@@ -144,6 +144,21 @@ def data_build(
     print(f"Texts: {out / '01-corpus' / 'documents.jsonl'}\nToken shards: {out / '02-tokenizer' / 'shards'}")
 
 
+@data.command("trace")
+def data_trace(
+    model: Annotated[Path, typer.Argument(help="a run's folder, or a model folder in it, e.g. runs/demo/model")],
+    text: Annotated[str, typer.Argument(help="what the model wrote; - reads standard input")],
+    limit: Annotated[int, typer.Option(help="spans shown")] = 10,
+    min_tokens: Annotated[int, typer.Option(help="a shorter span is not looked for")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Find the training documents that a text repeats: its longest verbatim spans, and the share of it that they cover."""
+    from pascaline.data.trace import read_text, show, trace
+
+    told = trace(model, read_text(text), limit, min_tokens, quiet=as_json)
+    print(json.dumps(told)) if as_json else show(told)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="train or decode")]) -> None:
     """Measure against a peer in one run (scripts in bench/ of the repository). Options follow the name: --json, ..."""

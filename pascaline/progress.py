@@ -67,6 +67,13 @@ class Progress:
             self._tenth, self._said = tenth, now
             self._say(f"{self.stage}: {self._text(now)}")
 
+    def note(self, line: str) -> None:
+        """Say something that must not be overlooked, above the live line."""
+        if self._live is not None:
+            self._live.console.print(f"{self.stage}: {line}", markup=False, highlight=False, style="yellow")
+        elif self.enabled:
+            self._say(f"{self.stage}: {line}")
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if not self.enabled:
             return

@@ -5,7 +5,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,10 +23,16 @@ class Corpus(Table):
     """Real text. sources: "stdlib" (Python's own standard library), files or directories; max_bytes: at most so much of it is read.
 
     filters: tables [corpus.filters.NAME], run in their order, with the thresholds to change (docs/data.md); dedup: equal texts, or nearly
-    equal ones too; decontaminate: files of evaluation texts that must not occur."""
+    equal ones too; decontaminate: files of evaluation texts that must not occur.
+
+    mixture: weights of sources (1 for one that is not named): max_bytes is then what the cleaned texts have in these shares, each text
+    at most max_repeats times. processes: that run the filters; 0: one for each core, 1: none but the program's own."""
 
     sources: list[str] = ["stdlib"]
     max_bytes: int = Field(4_000_000, ge=0)
+    mixture: dict[str, Annotated[float, Field(gt=0)]] = {}
+    max_repeats: float = Field(1.0, ge=1)
+    processes: int = Field(0, ge=0)
     filters: dict[str, dict[str, Any]] = {}
     dedup: Literal["none", "exact", "minhash"] = "none"
     decontaminate: list[str] = []
@@ -64,21 +70,51 @@ class Optim(Table):
     final: float = Field(0.1, ge=0, le=1)
 
 
+class Guard(Table):
+    """What to do when a run goes wrong (docs/stability.md). sigma: a loss or gradient norm so many robust deviations above the last
+    `window` steps is skipped, 0 for never; what is not finite always is, and max_skips such steps in a row stop the run; margin and
+    patience: a smoothed loss that stays so much above its best for so many steps is rewound, patience 0 for never; rewinds: at most."""
+
+    sigma: float = Field(6.0, ge=0)
+    window: int = Field(128, ge=64)
+    max_skips: int = Field(10, ge=1)
+    margin: float = Field(0.3, gt=0)
+    patience: int = Field(50, ge=0)
+    rewinds: int = Field(3, ge=0)
+
+
 class Stage(Optim):
     """What every training stage has. sequence_length: tokens a row (in sft and rl a longer chat gets longer rows);
-    tokens_per_step: tokens in one optimizer step, cut into micro-batches of at most micro_tokens; balance_rate: gamma of the
-    router bias; mtp: weight of the multi-token loss; save_every: steps."""
+    tokens_per_step: tokens in one optimizer step, cut into micro-batches of at most micro_tokens; activation_checkpointing: compute
+    each layer again in the backward instead of keeping its activations.
+
+    balance_rate: gamma of the router bias, until that share of the steps, then 0; sequence_balance: weight of the sequence-wise balance
+    loss; mtp: weight of the multi-token loss until that share, then mtp_final; z_loss: weight of the squared log-partition of the head.
+    save_every: steps between checkpoints; keep_last: how many of them stay; keep_every: one stays for good every so many steps."""
 
     sequence_length: int = Field(256, ge=8)
     micro_tokens: int = Field(8192, ge=8)
+    activation_checkpointing: bool = False
     balance_rate: float = Field(1e-3, ge=0)
+    balance_until: float = Field(1.0, ge=0, le=1)
+    sequence_balance: float = Field(0.0, ge=0)
     mtp: float = Field(0.3, ge=0)
+    mtp_until: float = Field(1.0, ge=0, le=1)
+    mtp_final: float = Field(0.1, ge=0)
+    z_loss: float = Field(0.0, ge=0)
     save_every: int = Field(100, ge=1)
+    keep_last: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)
+    guard: Guard = Guard()
 
 
 class Pretrain(Stage):
+    """ramp_from: tokens a step at the start, growing in a straight line to tokens_per_step over the first `ramp_until` of the tokens."""
+
     tokens: int = Field(1_000_000, ge=1)
     tokens_per_step: int = Field(4096, ge=8)
+    ramp_from: int = Field(0, ge=0)
+    ramp_until: float = Field(0.0, ge=0, le=1)
 
 
 class Sft(Stage):
@@ -98,6 +134,7 @@ class Rl(Stage):
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.28, gt=0)
     wrong_reward: float = Field(0.0, le=0)
+    guard: Guard = Guard(sigma=0.0, patience=0)  # a policy's loss and norm jump about in good health
 
 
 class Eval(Table):

@@ -137,6 +137,15 @@ def test_a_wrong_type_is_named(key: str, value: Any, words: str) -> None:
         ),
         ({"corpus.decontaminate": ["nowhere.jsonl"]}, "'nowhere.jsonl' is neither"),
         ({"corpus.dedup": "fuzzy"}, "'none', 'exact' or 'minhash'"),
+        ({"corpus.mixture": {"stdlip": 1.0}}, "corpus.mixture: 'stdlip' is not one of corpus.sources (stdlib); did you mean 'stdlib'?"),
+        ({"corpus.mixture": {"zzz": 1.0}}, "corpus.mixture: 'zzz' is not one of corpus.sources (stdlib)."),
+        ({"corpus.mixture": {"puzzle:countdown": 1.0}}, "how much there is of 'puzzle:countdown', puzzles.countdown.traces says"),
+        ({"corpus.mixture": {"stdlib": 0.0}}, "corpus.mixture.stdlib = 0.0 is wrong: input should be greater than 0"),
+        ({"corpus.mixture": {"stdlib": "much"}}, "corpus.mixture.stdlib = 'much' is wrong"),
+        ({"corpus.mixture": {"stdlib": 1.0}, "corpus.sources": ["stdlib", "stdlib"]}, "corpus.sources names 'stdlib' twice"),
+        ({"corpus.max_repeats": 4.0}, "corpus.max_repeats = 4 is of a mixture's sources: give corpus.mixture their weights"),
+        ({"corpus.mixture": {"stdlib": 1.0}, "corpus.max_repeats": 0.5}, "greater than or equal to 1"),
+        ({"corpus.processes": -1}, "corpus.processes = -1 is wrong"),
     ],
     ids=str,
 )
@@ -149,6 +158,8 @@ def test_missing_and_empty_sources_are_refused_before_the_run(tmp_path: Path) ->
     assert "/texts.md'?" in refusal({"corpus.sources": [str(tmp_path / "text.md")]})
     (tmp_path / "empty").mkdir()
     assert "empty corpus" in refusal({"corpus.sources": [str(tmp_path / "empty")]})
+    mixture = {"corpus.sources": ["stdlib", str(tmp_path / "empty")], "corpus.mixture": {"stdlib": 2.0}}
+    assert "empty corpus" in refusal(mixture)  # its share could never be filled
     (tmp_path / "blank.txt").write_text(" \n")
     assert "blank.txt was left out (empty)" in refusal({"corpus.sources": [str(tmp_path / "blank.txt")]})
 
@@ -198,7 +209,7 @@ def test_later_settings_win_and_the_rest_stays() -> None:
 )
 def test_a_resolved_recipe_reads_back_as_itself(name: str, source: str, lr: float, flag: bool, attempts: list[int]) -> None:
     raw = {
-        "corpus": {"sources": [source]},
+        "corpus": {"sources": [source], "mixture": {source: lr}, "max_repeats": 4},
         "puzzles": {name: {"traces": 3, "dials": {name: attempts}, "quality": {"deep": attempts, "word": source, "flag": flag}}},
         "model": {"preset": "mini", "rope": {"factor": lr}, "norm_topk_prob": flag},
         "pretrain": {"lr": lr},

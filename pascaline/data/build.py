@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pascaline.data.dedup import Contamination, decontaminate, exact, minhash
-from pascaline.data.filters import Filter, apply, c4, fineweb, gopher_quality, gopher_repetition
+from pascaline.data.dedup import Contamination, Kept, decontaminate, exact, minhash
+from pascaline.data.filters import Filter, c4, fineweb, gopher_quality, gopher_repetition
+from pascaline.data.mixture import Share, Spool, mixed
+from pascaline.data.parallel import Workers
 from pascaline.data.quality import QualityScore, identity, runs, script
 from pascaline.data.sources import Document, Excluded, documents
 from pascaline.recipe import Corpus
@@ -38,35 +39,57 @@ def chosen(tables: dict[str, dict[str, Any]]) -> list[tuple[str, Filter]]:
     return found
 
 
-def cleaned(corpus: Corpus, excluded: Excluded, scratch: Path) -> Iterator[Document]:
-    """Documents of corpus.sources that pass everything; the others go to `excluded`. Near-deduplication keeps its files in `scratch`."""
-    found: Iterable[Document] = documents(corpus.sources, corpus.max_bytes, excluded)
-    if corpus.filters:
-        found = apply(found, chosen(corpus.filters), excluded)
-    if corpus.dedup != "none":
-        found = exact(found, excluded)
-    if corpus.decontaminate:
-        texts = documents(corpus.decontaminate, None, lambda _: None)
-        found = decontaminate(found, Contamination((f"{d.source}:{d.id}", d.text) for d in texts), excluded)
-    if corpus.dedup == "minhash":
-        found = _without_near_copies(found, excluded, scratch)
-    yield from found
+def cleaned(
+    corpus: Corpus,
+    excluded: Excluded,
+    scratch: Path,
+    *,
+    seed: int = 0,
+    watch: Callable[[int], None] = lambda read: None,
+    shares: dict[str, Share] | None = None,
+) -> Iterator[Document]:
+    """Documents of corpus.sources that pass everything, in the shares of corpus.mixture if there is one; the others go to `excluded`.
+
+    scratch: near-deduplication and a mixture keep their files there. watch: called often, with the number of documents just
+    read; what it raises ends the work. shares: filled for a mixture. corpus.processes does not change the result.
+    """
+    kept, exams = Kept(), _contamination(corpus)
+
+    def passing(workers: Workers, sources: list[str], max_bytes: int | None) -> Generator[Document, None, None]:
+        def read(excluded: Excluded) -> Iterator[Document]:
+            for document in documents(sources, max_bytes, excluded):
+                watch(1)
+                yield document
+
+        found: Iterable[Document] = workers.apply(read, excluded) if workers.filters else read(excluded)
+        if exams and corpus.mixture:  # reads ahead: `exact` must know nothing of what there is no room for
+            found = decontaminate(found, exams, excluded)
+        if corpus.dedup != "none":
+            found = exact(found, excluded, kept)
+        if exams and not corpus.mixture:
+            found = decontaminate(found, exams, excluded)
+        yield from found
+
+    with Workers(chosen(corpus.filters), corpus.processes) as workers:
+        if corpus.mixture:
+            streams = {source: passing(workers, [source], None) for source in corpus.sources}
+            yield from mixed(corpus, streams, scratch, excluded, seed=seed, watch=watch, shares={} if shares is None else shares)
+        elif corpus.dedup == "minhash":
+            yield from _without_near_copies(passing(workers, corpus.sources, corpus.max_bytes), excluded, scratch, watch)
+        else:
+            yield from passing(workers, corpus.sources, corpus.max_bytes)
 
 
-def _without_near_copies(found: Iterable[Document], excluded: Excluded, scratch: Path) -> Iterator[Document]:
+def _contamination(corpus: Corpus) -> Contamination | None:
+    if not corpus.decontaminate:
+        return None
+    texts = documents(corpus.decontaminate, None, lambda _: None)
+    return Contamination((f"{d.source}:{d.id}", d.text) for d in texts)
+
+
+def _without_near_copies(found: Iterable[Document], excluded: Excluded, scratch: Path, watch: Callable[[int], None]) -> Iterator[Document]:
     """`minhash` reads twice, so what came so far is written down: neither filters nor `excluded` run again."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    path = scratch / "documents.jsonl"
-    with open(path, "w", encoding="utf-8") as file:
+    with Spool(scratch / "documents.jsonl", watch) as spool:
         for document in found:
-            file.write(json.dumps(document) + "\n")
-
-    def written() -> Iterator[Document]:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                yield Document(*json.loads(line))
-
-    try:
-        yield from minhash(written, scratch, excluded)
-    finally:
-        path.unlink()
+            spool.add(document)
+        yield from minhash(spool.read, scratch, excluded)

@@ -53,11 +53,11 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
-def exact(documents: Iterable[Document], excluded: Excluded) -> Iterator[Document]:
+def exact(documents: Iterable[Document], excluded: Excluded, kept: Kept | None = None) -> Iterator[Document]:
     """Documents whose `normalised` text no earlier one has, of whatever source; the others go to `excluded` with filter
     "duplicate" and the {"id", "source"} of the first. Equal means an equal 128-bit BLAKE2b hash: the chance of one wrong
-    pair among 10^9 documents is 1.5e-21."""
-    kept = _Kept()
+    pair among 10^9 documents is 1.5e-21. kept: shared by several calls, so that they are as one."""
+    kept = kept or Kept()
     for document in documents:
         digest = blake2b(normalised(document.text).encode(errors="surrogatepass"), digest_size=16).digest()
         first = kept.first(digest, document)
@@ -67,7 +67,7 @@ def exact(documents: Iterable[Document], excluded: Excluded) -> Iterator[Documen
             exclude(excluded, document.source, document.id, "duplicate", first, document.text)
 
 
-class _Kept:
+class Kept:
     """16-byte hashes and names of the documents seen, in an open-addressing table with linear probing.
 
     16 bytes of hash, 8 to 16 of table, 12 of offset and source, and the id's own; a dict of bytes takes some 150 more.

@@ -55,15 +55,25 @@ def apply(documents: Iterable[Document], filters: Sequence[tuple[str, Filter]], 
     that failed, `text` the first SHOWN characters as they came in.
     """
     for document in documents:
-        text = document.text
-        for name, passes in filters:
-            verdict = passes(text)
-            if isinstance(verdict, Reason):
-                exclude(excluded, document.source, document.id, f"{name}.{verdict.rule}", verdict.value, document.text)
-                break
-            text = verdict
-        else:
-            yield document if text is document.text else document._replace(text=text)
+        yield from settle(document, judge(document.text, filters), excluded)
+
+
+def judge(text: str, filters: Sequence[tuple[str, Filter]]) -> str | Reason:
+    """The text as all filters leave it, the same object if nothing was cut, or the first Reason, its rule as "name.rule"."""
+    for name, passes in filters:
+        verdict = passes(text)
+        if isinstance(verdict, Reason):
+            return Reason(f"{name}.{verdict.rule}", verdict.value)
+        text = verdict
+    return text
+
+
+def settle(document: Document, verdict: str | Reason, excluded: Excluded) -> Iterator[Document]:
+    """The document with the text that `judge` left; none if there was a Reason, which is passed to `excluded`."""
+    if isinstance(verdict, Reason):
+        exclude(excluded, document.source, document.id, verdict.rule, verdict.value, document.text)
+    else:
+        yield document if verdict is document.text else document._replace(text=verdict)
 
 
 # ---- what the filters look at ------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Protocol
+from itertools import accumulate
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +21,8 @@ class Samples(Protocol):
 
     def get(self, i: int) -> Sample: ...
 
+    def name(self, i: int) -> dict[str, Any]: ...
+
 
 class CorpusSamples:
     """Every document of a corpus; one longer than a row is cut into pieces. All tokens but a piece's first carry `ce`."""
@@ -32,6 +35,7 @@ class CorpusSamples:
         within = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         self.begin = starts[owner] + within * row
         self.lengths = np.minimum(ends[owner] - self.begin, row)
+        self.owner = owner.astype(np.uint32)
         self.corpus = corpus
 
     def get(self, i: int) -> Sample:
@@ -39,6 +43,12 @@ class CorpusSamples:
         weights = np.ones(len(tokens), np.float32)
         weights[0] = 0.0
         return Sample(tokens, {"ce": weights})
+
+    def name(self, i: int) -> dict[str, Any]:
+        """Source, number in the corpus, and the first of the piece's tokens in the document."""
+        document = int(self.owner[i])
+        offset = int(self.begin[i]) - int(self.corpus.starts[document])
+        return {"source": self.corpus.sources[self.corpus.source_ids[document]], "document": document, "offset": offset}
 
 
 class ListSamples:
@@ -51,15 +61,18 @@ class ListSamples:
     def get(self, i: int) -> Sample:
         return self.samples[i]
 
+    def name(self, i: int) -> dict[str, Any]:
+        return {"sample": i}
+
 
 class Loader:
     """Packed rows in an order fixed by the seed, epoch after epoch.
 
-    row: tokens a row; rows: rows an optimizer step; micro: rows a micro-batch. Row g of the run (g = step * rows + r) is the same
-    whatever the number of ranks or the size of a micro-batch.
+    row: tokens a row; rows: rows an optimizer step, after the steps of `ramp`, which have so many each; micro: rows a micro-batch.
+    Row g of the run is the same whatever the number of ranks, the size of a micro-batch or of a step.
     """
 
-    def __init__(self, samples: Samples, row: int, rows: int, micro: int, pad: int, seed: int):
+    def __init__(self, samples: Samples, row: int, rows: int, micro: int, pad: int, seed: int, ramp: Sequence[int] = ()):
         if not len(samples.lengths):
             raise BadInput("there is nothing to train on: the corpus holds no document.")
         if int(samples.lengths.max()) > row:
@@ -67,6 +80,7 @@ class Loader:
         self.facts: dict[str, float] = {}
         self.samples, self.row, self.rows, self.micro, self.pad, self.seed = samples, row, rows, micro, pad, seed
         self.step_tokens = rows * row
+        self.starts = [0, *accumulate(ramp)]  # of the ramp's steps, and where it ends: row numbers
         self.epoch_rows = lru_cache(maxsize=2)(self._epoch_rows)
         self.epoch_size = cache(lambda epoch: len(self.epoch_rows(epoch)))  # a number an epoch: finding a row packs none again
 
@@ -79,14 +93,30 @@ class Loader:
             rows += [window[r] for r in pack(self.samples.lengths[window], self.row)]
         return [rows[i] for i in random.permutation(len(rows))]
 
-    def _row(self, index: int) -> list[Sample]:
+    def _row(self, index: int) -> list[int]:
         epoch = 0
         while index >= self.epoch_size(epoch):
             index -= self.epoch_size(epoch)
             epoch += 1
-        return [self.samples.get(int(i)) for i in self.epoch_rows(epoch)[index]]
+        return self.epoch_rows(epoch)[index].tolist()
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step` (from 0)."""
-        rows = [self._row(step * self.rows + r) for r in range(self.rows)]
-        return [collate(rows[i : i + self.micro], self.row, self.pad) for i in range(0, self.rows, self.micro)]
+        rows = [[self.samples.get(i) for i in row] for row in self._rows(step)]
+        return [collate(rows[i : i + self.micro], self.row, self.pad) for i in range(0, len(rows), self.micro)]
+
+    def documents(self, step: int) -> list[dict[tuple[int, int], dict[str, Any]]]:
+        """What stands in each micro-batch of that step: (row, document id in it) -> its name."""
+        rows = self._rows(step)
+        return [
+            {(b, d): self.samples.name(i) for b, row in enumerate(rows[at : at + self.micro]) for d, i in enumerate(row)}
+            for at in range(0, len(rows), self.micro)
+        ]
+
+    def _rows(self, step: int) -> list[list[int]]:
+        """The samples of each row of a step."""
+        return [self._row(g) for g in range(self._start(step), self._start(step + 1))]
+
+    def _start(self, step: int) -> int:
+        past = step - (len(self.starts) - 1)
+        return self.starts[step] if past < 0 else self.starts[-1] + past * self.rows

@@ -109,6 +109,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _entropy_range(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the routers' entropies of the layer where it is lowest and of the one where it is highest."""
+    return [{**row, "low": min(row["router_entropy"]), "high": max(row["router_entropy"])} for row in rows if row.get("router_entropy")]
+
+
 def _sections(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str, list[str | None]]]:
     """(heading, note, drawings); a drawing is None where its numbers are missing."""
     pretrain, sft, rl = (curves.get(name) or [] for name in ("pretrain", "sft", "rl"))
@@ -132,13 +137,18 @@ def _sections(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str,
         plots.expert_load(pretrain, "After pre-training"),
         plots.expert_load(rl, "After RL"),
         plots.curve(pretrain, {"max_violation": "max"}, "max violation", "Balance in pre-training", x="tokens", width=0.02),
-    ]
+        plots.curve(_entropy_range(pretrain), {"low": "lowest layer", "high": "highest layer"}, "entropy (nats per token)",
+                    "Entropy of the routers", x="tokens", width=0.02),
+        plots.curve(pretrain, {"dead_experts": "experts"}, "experts without a token", "Dead experts", x="tokens", width=0.02),
+    ]  # fmt: skip
+    left_out = sum("guard" in row for row in [*pretrain, *sft])
+    skipped = f" The guard left out {left_out} step{'s' * (left_out > 1)}: metrics.jsonl says why." if left_out else ""
     more = [
         plots.votes(report.get("majority") or [], "Majority vote among k samples"),
         plots.votes(report.get("best_of") or [], "Best of k samples (pass@k)"),
     ]
     return [
-        ("Learning from text", "Faint: each step. Strong: running mean.", learning),
+        ("Learning from text", f"Faint: each step. Strong: running mean.{skipped}", learning),
         (
             "Learning by trial",
             "Measured on the training rollouts of each step. A group whose answers all score the same teaches nothing.",
@@ -148,7 +158,7 @@ def _sections(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str,
         (
             "Load of the experts",
             "Tokens each expert received, relative to an even share (1.00), in the last steps. Max violation: "
-            "the busiest expert's excess over an even share.",
+            "the busiest expert's excess over an even share. A router that cannot tell experts apart has the entropy log E.",
             experts,
         ),
     ]

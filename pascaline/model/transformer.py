@@ -10,6 +10,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pascaline.model.attention import Cache, LatentAttention, RMSNorm, visible
 from pascaline.model.config import ModelConfig
@@ -83,6 +84,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -103,7 +105,10 @@ class Model(nn.Module):
         x = self.model.embed_tokens(tokens_BT)
         routings = []
         for layer in self.model.layers[: self.config.num_hidden_layers]:
-            x, routing = layer(x, view)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, routing = checkpoint(layer, x, view, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, routing = layer(x, view)
             if routing is not None:
                 routings.append(routing)
         return self.model.norm(x), routings

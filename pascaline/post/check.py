@@ -28,6 +28,7 @@ def check(recipe: Recipe) -> None:
             raise BadInput(f"{name}.sequence_length = {length} is more than the model's {config.max_position_embeddings} positions.")
     _check_puzzles(recipe)
     _check_filters(recipe)
+    _check_mixture(recipe)
     if recipe.corpus.sources and recipe.corpus.max_bytes:
         next(documents(recipe.corpus.sources, recipe.corpus.max_bytes, lambda _: None), None)  # says what is missing or empty
     elif not any(t.traces for t in recipe.puzzles.values()):
@@ -72,6 +73,24 @@ def _check_filters(recipe: Recipe) -> None:
             samples += [table["good"], table["bad"]]
     for sources in filter(None, samples):
         next(documents(sources, None, lambda _: None), None)
+
+
+def _check_mixture(recipe: Recipe) -> None:
+    corpus = recipe.corpus
+    if not corpus.mixture:
+        if corpus.max_repeats != 1:
+            raise BadInput(f"corpus.max_repeats = {corpus.max_repeats:g} is of a mixture's sources: give corpus.mixture their weights.")
+        return
+    for name in corpus.mixture:
+        if name.startswith("puzzle:"):
+            raise BadInput(f"corpus.mixture is of corpus.sources; how much there is of '{name}', puzzles.{name[7:]}.traces says.")
+        if name not in corpus.sources:
+            listed = f"corpus.sources ({', '.join(corpus.sources) or 'there are none'})"
+            raise BadInput(f"corpus.mixture: '{name}' is not one of {listed}{nearest(name, corpus.sources) or '.'}")
+    for source in corpus.sources:
+        if corpus.sources.count(source) > 1:
+            raise BadInput(f"corpus.sources names '{source}' twice; in a mixture, give it a larger weight in corpus.mixture instead.")
+        next(documents([source], None, lambda _: None), None)  # each has a share to fill
 
 
 def _check_keywords(where: str, function: Any, values: dict[str, Any]) -> None:

@@ -58,6 +58,10 @@ class Rollouts:
         row = max([self.rl.sequence_length, *(len(s.tokens) for s in samples)])
         return batches(samples, row, max(self.rl.micro_tokens // row, 1), self.engine.tokenizer.pad)
 
+    def documents(self, step: int) -> list[Any]:
+        """Nothing to name: the problems of a step follow from its number."""
+        return []
+
 
 def rl_sample(prompt: list[int], output: Output, advantage: float) -> Sample:
     """One answer as a document: weight, advantage and behaviour log-probability on its sampled tokens, nothing on the prompt."""

@@ -3,9 +3,11 @@
 import json
 import random
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch
 from pascaline import tokenizer as tokenizers
 from pascaline.data import puzzles
 from pascaline.data.build import cleaned
+from pascaline.data.card import corpus_card, token_card
 from pascaline.data.loader import CorpusSamples, ListSamples, Loader, Samples
+from pascaline.data.mixture import Share, missing
 from pascaline.data.shards import Corpus, ShardWriter
 from pascaline.engine import Engine
 from pascaline.errors import BadInput
@@ -30,6 +34,7 @@ from pascaline.stopping import Interrupt, Stopped
 from pascaline.tokenizer import Tokenizer
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
+from pascaline.train.schedule import ramp
 
 TOKENIZER_BYTES = 8_000_000  # of text to learn merges from; more changes little
 BATCH = 1000  # documents encoded at once
@@ -58,9 +63,11 @@ class Run:
 def corpus(run: Run) -> dict[str, Any]:
     """documents.jsonl (text, source, id), excluded.jsonl (what was left out and why) and card.md."""
     recipe, folder = run.recipe, run.folder("corpus")
-    kept, left = Counter[str](), Counter[tuple[str, str]]()
-    size = Counter[str]()
+    kept, size, left = Counter[str](), Counter[str](), Counter[tuple[str, str]]()
+    shares: dict[str, Share] = {}
+    seen, began = 0, time.monotonic()
     with (
+        _cleared(folder / "scratch") as scratch,
         atomic_path(folder / "documents.jsonl") as temporary,
         open(temporary, "w", encoding="utf-8") as file,
         atomic_path(folder / "excluded.jsonl") as temporary_excluded,
@@ -73,38 +80,50 @@ def corpus(run: Run) -> dict[str, Any]:
             left[entry["source"], entry["filter"]] += 1
             excluded.write(json.dumps(entry) + "\n")
 
-        for i, (text, source, name) in enumerate(_texts(recipe, exclude, folder / "scratch")):
+        def watch(read: int) -> None:
+            nonlocal seen
+            seen += read
+            progress.update(seen, kept=kept.total(), docs_per_s=seen / max(time.monotonic() - began, 1e-9))
+            if interrupt.requested:
+                raise Stopped("stopped while gathering the corpus")
+
+        for text, source, name in _texts(recipe, exclude, scratch, watch, shares):
             kept[source] += 1
             size[source] += len(text.encode())
             file.write(json.dumps({"text": text, "source": source, "id": name}) + "\n")
-            progress.update(i + 1, source=source)
-            if interrupt.requested:
-                raise Stopped("stopped while gathering the corpus")
-    shutil.rmtree(folder / "scratch", ignore_errors=True)
-    write_atomic(folder / "card.md", _card(kept, size, left))
+            watch(0)
+        for line in missing(recipe.corpus, shares):
+            progress.note(line)
+    write_atomic(folder / "card.md", corpus_card(recipe.corpus, kept, size, left, shares))
     if not kept:
         why = ", ".join(f"{name} ({n})" for (_, name), n in left.most_common(3))
         raise BadInput(f"nothing is left of the corpus: {why}; {folder / 'excluded.jsonl'} has each case. Loosen corpus.filters.")
     return {"documents": kept.total(), "bytes": size.total()}
 
 
-def _card(kept: Counter[str], size: Counter[str], left: Counter[tuple[str, str]]) -> str:
-    """What the corpus is made of, and what was left out of each source and why."""
-    seen = {s: kept[s] + sum(n for (source, _), n in left.items() if source == s) for s in {*kept, *(s for s, _ in left)}}
-    lines = ["# Corpus", "", "| source | documents | bytes | share of bytes |", "|---|---|---|---|"]
-    lines += [f"| {s} | {n:,} | {size[s]:,} | {size[s] / max(size.total(), 1):.1%} |" for s, n in kept.items()]
-    lines += ["", "Left out (excluded.jsonl):", "", "| source | filter | files or documents | share of the source's |", "|---|---|---|---|"]
-    lines += [f"| {s} | {why} | {n:,} | {n / seen[s]:.1%} |" for (s, why), n in sorted(left.items())]
-    return "\n".join([*lines, ""])
+@contextmanager
+def _cleared(folder: Path) -> Iterator[Path]:
+    """A place for files that are needed for a while; it is gone afterwards, whatever happens."""
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _texts(recipe: Recipe, exclude: Callable[[dict[str, Any]], None], scratch: Path) -> Iterator[tuple[str, str, str]]:
+def _texts(
+    recipe: Recipe,
+    exclude: Callable[[dict[str, Any]], None],
+    scratch: Path,
+    watch: Callable[[int], None] = lambda read: None,
+    shares: dict[str, Share] | None = None,
+) -> Iterator[tuple[str, str, str]]:
     """(text, source, id) of the real text and of the puzzles' traces. Training problems only."""
     if recipe.corpus.sources and recipe.corpus.max_bytes:
-        yield from cleaned(recipe.corpus, exclude, scratch)
+        yield from cleaned(recipe.corpus, exclude, scratch, seed=recipe.seed, watch=watch, shares=shares)
     for name, table in recipe.puzzles.items():
         for i, problem in enumerate(puzzles.problems(name, table.traces, recipe.seed, held_out=False, **table.dials)):
             trace = puzzles.get(name).trace(problem, random.Random(f"corpus {recipe.seed} {name} {i}"), **table.quality)
+            watch(1)
             yield plain_text(problem.prompt, trace.thought, trace.answer), f"puzzle:{name}", problem.key
 
 
@@ -123,7 +142,7 @@ def read_documents(run: Run) -> Iterator[dict[str, str]]:
 
 
 def tokenizer(run: Run) -> dict[str, Any]:
-    """tokenizer.json and its companions, and the corpus as token shards."""
+    """tokenizer.json and its companions, and the corpus as token shards with their card.md."""
     folder = run.folder("tokenizer")
 
     def sample() -> Iterator[str]:
@@ -135,7 +154,7 @@ def tokenizer(run: Run) -> dict[str, Any]:
 
     trained = tokenizers.train(sample(), run.recipe.tokenizer.vocab_size)
     trained.save(folder)
-    written = 0
+    documents, tokens = Counter[str](), Counter[str]()
     with (
         ShardWriter(folder / "shards", trained.vocab_size) as writer,
         run.progress("tokenizer", None, "document") as progress,
@@ -146,20 +165,21 @@ def tokenizer(run: Run) -> dict[str, Any]:
         def flush() -> None:
             for document, ids in zip(batch, trained.encode_batch([d["text"] for d in batch]), strict=True):
                 writer.add([trained.begin, *ids, trained.end], document["source"])
+                documents[document["source"]] += 1
+                tokens[document["source"]] += len(ids) + 2
 
         for document in read_documents(run):
             batch.append(document)
             if len(batch) == BATCH:
                 flush()
-                written += len(batch)
                 batch = []
-                progress.update(written, tokens=writer.tokens)
+                progress.update(documents.total(), tokens=writer.tokens)
                 if interrupt.requested:
                     raise Stopped("stopped while encoding the corpus")
         flush()
-        tokens = writer.tokens
-        progress.update(written + len(batch), tokens=tokens)
-    return {"vocab_size": trained.vocab_size, "tokens": tokens}
+        progress.update(documents.total(), tokens=writer.tokens)
+    write_atomic(folder / "shards" / "card.md", token_card(run.recipe.corpus, documents, tokens))
+    return {"vocab_size": trained.vocab_size, "tokens": tokens.total()}
 
 
 def pretrain(run: Run) -> dict[str, Any]:
@@ -168,8 +188,10 @@ def pretrain(run: Run) -> dict[str, Any]:
     model = Model(model_config(run.recipe, own.vocab_size)).init_(run.recipe.seed).to(run.device)
     row = stage.sequence_length
     samples = CorpusSamples(Corpus(run.folder("tokenizer") / "shards"), row)
-    loader = _loader(run, stage, samples, row)
-    return _train(run, "pretrain", model, loader, -(-stage.tokens // loader.step_tokens))
+    rows = max(stage.tokens_per_step // row, 1)
+    first = max(stage.ramp_from // row, 1) if stage.ramp_from else rows
+    plan = ramp(stage.tokens, row, rows, first, int(stage.ramp_until * stage.tokens))
+    return _train(run, "pretrain", model, _loader(run, stage, samples, row, plan), len(plan))
 
 
 def sft(run: Run) -> dict[str, Any]:
@@ -194,17 +216,17 @@ def rl(run: Run) -> dict[str, Any]:
     return _train(run, "rl", model, rollouts, stage.steps)
 
 
-def _loader(run: Run, stage: Pretrain | Sft, samples: Samples, row: int) -> Loader:
+def _loader(run: Run, stage: Pretrain | Sft, samples: Samples, row: int, plan: Sequence[int] = ()) -> Loader:
     rows = max(stage.tokens_per_step // row, 1)
     micro = max(stage.micro_tokens // row, 1)
-    return Loader(samples, row, rows, min(micro, rows), run.tokenizer().pad, run.recipe.seed)
+    return Loader(samples, row, rows, min(micro, rows), run.tokenizer().pad, run.recipe.seed, plan)
 
 
 def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[str, Any]:
     stage: Stage = getattr(run.recipe, name)
-    rule = Loss(mtp=stage.mtp if model.config.num_nextn_predict_layers else 0.0)
+    rule = Loss(mtp=stage.mtp if model.config.num_nextn_predict_layers else 0.0, balance=stage.sequence_balance, z=stage.z_loss)
     if name == "rl":
-        rule = Loss(clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
+        rule = replace(rule, mtp=0.0, clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
     trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype)
     totals = trainer.run(source, steps, quiet=run.quiet)
     run.tokenizer().save(run.folder(name) / "model")

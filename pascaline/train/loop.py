@@ -6,11 +6,13 @@ its last checkpoint ends with the same bits.
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pascaline.data.batch import Batch
@@ -19,19 +21,24 @@ from pascaline.model import hf
 from pascaline.model.transformer import Model
 from pascaline.progress import Progress
 from pascaline.recipe import Stage
-from pascaline.runs import Metrics
+from pascaline.runs import Metrics, disk_full
 from pascaline.stopping import Interrupt, Stopped
-from pascaline.train import checkpoint, losses
+from pascaline.train import checkpoint, losses, quarantine, schedule
+from pascaline.train.guard import Guard
 from pascaline.train.optim import Optimizer
-from pascaline.train.schedule import learning_rate
+
+SHOWN = ("reward", "accuracy", "response_tokens", "loss", "grad_norm", "max_violation", "tokens_per_s")
 
 
 class Source(Protocol):
-    """Where an optimizer step's micro-batches come from. `facts` describe the last step (reward, response length, ...)."""
+    """Where an optimizer step's micro-batches come from. `facts` describe the last step (reward, response length, ...); `documents`
+    tells for each of its micro-batches what stands in row b as document d, {(b, d): {"source": ..., ...}}."""
 
     facts: dict[str, Any]
 
     def step(self, step: int) -> list[Batch]: ...
+
+    def documents(self, step: int) -> list[quarantine.Names]: ...
 
 
 @dataclass
@@ -48,77 +55,140 @@ class Trainer:
 
     def __init__(self, model: Model, stage: Stage, rule: losses.Loss, folder: Path, name: str, dtype: torch.dtype):
         self.model, self.stage, self.rule, self.folder, self.name = model, stage, rule, folder, name
+        self.model.activation_checkpointing = stage.activation_checkpointing
         self.optimizer = Optimizer(model, stage, dtype)
         self.routers = model.routers()
         self.flops_per_token = 6.0 * active_parameters(model)
         self.totals = Totals()
+        self.guard = Guard()
+        self.metrics = Metrics(folder / "metrics.jsonl")
+        self.rows: list[dict[str, Any]] = []  # that still have to go there: a full disk may get room again
 
     def run(self, source: Source, steps: int, quiet: bool = False) -> Totals:
         """Resume if there is a checkpoint, train to the end, write folder/model.
 
-        Raises Stopped on SIGINT or SIGTERM once the step in progress is saved, BadInput on a non-finite loss or gradient.
+        Raises Stopped on SIGINT or SIGTERM once the step in progress is saved, BadInput if the guard gives up.
         """
-        first = self._resume()
-        with (
-            Metrics(self.folder / "metrics.jsonl") as metrics,
-            Interrupt() as interrupt,
-            Progress(self.name, steps, enabled=not quiet) as progress,
-        ):
-            for step in range(first, steps):
+        with self.metrics, Interrupt() as interrupt, Progress(self.name, steps, enabled=not quiet) as progress:
+            step = self._resume(progress)
+            while step < steps:
                 began = time.perf_counter()
-                row = self._step(source, step, steps)
+                row = self._step(source, step, steps, progress)
                 seconds = time.perf_counter() - began
                 self.totals.seconds += seconds
                 row |= {"tokens_per_s": row["tokens"] / seconds, "seconds": self.totals.seconds}
-                metrics.append({"step": step, **row})
-                progress.update(
-                    step + 1, **{k: row[k] for k in ("reward", "accuracy", "response_tokens", "loss", "tokens_per_s") if k in row}
-                )
-                last = step + 1 == steps
-                if last or interrupt.requested or (step + 1) % self.stage.save_every == 0:
-                    metrics.sync()
-                    checkpoint.save(self.folder, step + 1, self._tensors(), {"totals": vars(self.totals)})
-                if interrupt.requested and not last:
-                    raise Stopped(f"stopped after {self.name} step {step + 1} of {steps}")
+                self.rows.append({"step": step, **row})
+                self._log(progress)
+                step += 1
+                progress.update(step, **{k: row[k] for k in SHOWN if k in row}, **self.guard.counts)
+                if step == steps or interrupt.requested or step % self.stage.save_every == 0:
+                    self._save(step, progress, must=step == steps or interrupt.requested)
+                if interrupt.requested and step < steps:
+                    raise Stopped(f"stopped after {self.name} step {step} of {steps}")
+                if self.guard.drifted(self.stage.guard):
+                    step = self._rewind(step, progress)
         hf.save(self.folder / "model", self.model.config, self.full_precision(), torch.float32)
         return self.totals
 
-    def _step(self, source: Source, step: int, steps: int) -> dict[str, Any]:
+    def _step(self, source: Source, step: int, steps: int, progress: Progress) -> dict[str, Any]:
         """One optimizer step; what to log of it."""
-        batches = source.step(step)
+        batches = source.step(step + self.guard.shift)
         row: dict[str, Any] = {**source.facts, "tokens": sum(int((b.document_ids >= 0).sum()) for b in batches)}
         self.totals.tokens += row["tokens"]
         self.totals.flops += row["tokens"] * self.flops_per_token + row.get("rollout_flops", 0.0)
         if not batches:  # a rollout without any signal: nothing to learn from, said in the log
             return {**row, "loss": 0.0, "skipped": True}
         total = losses.totals(batches)
-        if not any(total.values()):
+        if not any(total.get(name) for name in losses.WEIGHTS):
             raise BadInput(f"{self.name} step {step}: no token carries any weight, so there is nothing to learn; check the masks.")
         logs: dict[str, Tensor] = {}
         load_LE = torch.zeros(())
+        rule = replace(self.rule, mtp=schedule.mtp_weight(self.stage, step, steps) if self.rule.mtp else 0.0)
         for batch in batches:
-            loss, parts, loads = losses.compute(self.model, batch.to(self.model.device), total, self.rule)
+            loss, parts, loads = losses.compute(self.model, batch.to(self.model.device), total, rule)
             loss.backward()
             self.optimizer.collect()
             logs = {name: logs.get(name, 0) + part for name, part in parts.items()}
             load_LE = load_LE + loads
-        row |= {name: float(value) for name, value in logs.items()}
-        row["loss"] = sum(row[name] for name in ("ce", "rl", "kl", "mtp") if name in row)
-        row["lr"] = learning_rate(self.stage, step, steps)
-        row["grad_norm"] = self.optimizer.step(row["lr"])
-        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-            raise BadInput(
-                f"{self.name} step {step}: the loss is {row['loss']:.3g} and the gradient norm {row['grad_norm']:.3g}; the last "
-                f"checkpoint's weights are kept, lower {self.name}.lr (now {self.stage.lr:g}) or look at the data."
-            )
-        if self.stage.balance_rate:
+        row |= {name: value.item() if value.dim() == 0 else [round(v, 4) for v in value.tolist()] for name, value in logs.items()}
+        row["loss"] = sum(row[name] for name in losses.PARTS if name in row)
+        row["lr"] = schedule.learning_rate(self.stage, step, steps) * self.guard.slower
+        norm = self.optimizer.norm()
+        row["grad_norm"] = float(norm)
+        if self._skip(source, step, batches, row, progress):
+            return row
+        self.optimizer.step(row["lr"], norm)
+        if rate := schedule.balance_rate(self.stage, step, steps):
             for router, load in zip(self.routers, load_LE, strict=False):  # the MTP modules', last, only run under their loss
-                router.balance(load, self.stage.balance_rate)
+                router.balance(load, rate)
         if load_LE.dim() == 2 and len(load_LE):
             share_LE = load_LE / load_LE.sum(1, keepdim=True)
             row["max_violation"] = float((share_LE * share_LE.shape[1]).max() - 1)  # MaxVio of arXiv 2408.15664
+            row["dead_experts"] = int((load_LE == 0).sum())
             row["expert_load"] = [[round(float(s), 4) for s in layer] for layer in share_LE]
         return row
+
+    def _skip(self, source: Source, step: int, batches: list[Batch], row: dict[str, Any], progress: Progress) -> bool:
+        """Whether the guard forbids this step's update; then the gradients are dropped, the reason is in `row` and the documents in
+        quarantine.jsonl. BadInput when too many steps in a row are not finite."""
+        norm = row["grad_norm"] if math.isfinite(row["loss"]) else math.nan
+        reason = self.guard.judge(self.stage.guard, row.get("ce"), norm)
+        if not reason:
+            return False
+        self.optimizer.drop()
+        if reason == "non-finite" and self.guard.in_row >= self.stage.guard.max_skips:
+            raise BadInput(
+                f"{self.name} step {step}: the loss is {row['loss']:.3g} and the gradient norm {row['grad_norm']:.3g}, for the "
+                f"{self.guard.in_row}th time in a row; lower {self.name}.lr (now {self.stage.lr:g}) or look at the data."
+            )
+        row |= {"guard": reason, "skipped": True}
+        documents = quarantine.suspects(self.model, batches, source.documents(step + self.guard.shift))
+        Metrics(self.folder / "quarantine.jsonl").append({"step": step, "reason": reason, "documents": documents})
+        progress.note(f"step {step} skipped, {reason} (loss {row['loss']:.3g}, gradient norm {row['grad_norm']:.3g})")
+        return True
+
+    def _rewind(self, step: int, progress: Progress) -> int:
+        """Back to a checkpoint from before the loss began to rise; the step to go on with."""
+        rule, counts, totals = self.stage.guard, self.guard.counts, self.totals
+        trouble = f"{self.name} step {step}: the loss has been more than {rule.margin:g} above its best {self.guard.best:.3g} for " \
+                  f"{rule.patience} steps"  # fmt: skip
+        saved = checkpoint.steps(self.folder)
+        if counts.get("rewind", 0) >= rule.rewinds or not saved:
+            raise BadInput(f"{trouble}, and {rule.rewinds} rewinds did not help; lower {self.name}.lr (now {self.stage.lr:g}), clip "
+                           f"harder ({self.name}.clip), or look at the data.")  # fmt: skip
+        early = [s for s in saved if s <= step - rule.patience] or saved[:1]
+        before = self._restore(reversed(early), progress)
+        self.guard.counts, self.totals = counts, totals  # what was spent is spent
+        self.guard.rewound(step - before)
+        checkpoint.forget_after(self.folder, before)
+        self.metrics.truncate_after(before - 1)
+        self._save(before, progress, must=True)
+        progress.note(f"{trouble}; back to step {before}, its data left out, learning rate x {self.guard.slower:g}")
+        return before
+
+    def _save(self, step: int, progress: Progress, must: bool) -> None:
+        """Write a checkpoint. A full disk is an error only if it `must` be written; else the run goes on without."""
+        facts = {"totals": vars(self.totals), "guard": self.guard.facts()}
+        try:
+            self._log(None)
+            self.metrics.sync()
+            checkpoint.save(self.folder, step, self._tensors(), facts, self.stage.keep_last, self.stage.keep_every)
+        except (OSError, SafetensorError) as e:
+            if must or not disk_full(e):
+                raise
+            progress.note(f"no checkpoint at step {step}, the disk is full; going on, the one before stays")
+
+    def _log(self, progress: Progress | None) -> None:
+        """Append the waiting rows to metrics.jsonl; on a full disk they go on waiting (an error without `progress` to say it)."""
+        try:
+            while self.rows:
+                self.metrics.append(self.rows[0])
+                self.rows.pop(0)
+        except OSError as e:
+            if progress is None or not disk_full(e):
+                raise
+            if len(self.rows) == 1:
+                progress.note("the disk is full; going on, metrics.jsonl is written when there is room")
 
     def full_precision(self) -> dict[str, Tensor]:
         """The model's tensors with the float32 masters in place of the working copies."""
@@ -127,19 +197,24 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.optimizer.state(), **{f"buffer.{n}": b for n, b in self.model.named_buffers()}}
 
-    def _resume(self) -> int:
-        """Load the latest checkpoint, if any; the step to go on with."""
-        path = checkpoint.latest(self.folder)
-        step = 0
-        if path is not None:
-            tensors, facts = checkpoint.load(path)
-            self.optimizer.load_state(tensors)
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(tensors[f"buffer.{name}"])
-            self.totals = Totals(**facts["totals"])
-            step = int(facts["step"])
-        Metrics(self.folder / "metrics.jsonl").truncate_after(step - 1)
+    def _resume(self, progress: Progress) -> int:
+        """Load the newest checkpoint, if any; the step to go on with."""
+        step = self._restore(reversed(checkpoint.steps(self.folder)), progress)
+        checkpoint.forget_after(self.folder, step)
+        self.metrics.truncate_after(step - 1)
         return step
+
+    def _restore(self, choices: Iterable[int], progress: Progress) -> int:
+        """Load the first of these checkpoints that is undamaged; its step, or 0 without any."""
+        found = checkpoint.load(self.folder, choices, progress.note)
+        if found is None:
+            return 0
+        tensors, facts = found
+        self.optimizer.load_state(tensors)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(tensors[f"buffer.{name}"])
+        self.totals, self.guard = Totals(**facts["totals"]), Guard.of(facts["guard"])
+        return int(facts["step"])
 
 
 def active_parameters(model: Model) -> float:

@@ -1,4 +1,4 @@
-"""One loss for every stage: ce + rl + kl + mtp, each a weighted sum over tokens divided by its own total weight.
+"""One loss for every stage: ce + rl + kl + mtp + balance + z, each a weighted sum over tokens divided by its own total weight.
 
 Shapes: B rows, T tokens, m tokens that carry any weight.
 """
@@ -15,24 +15,29 @@ from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
 
 WEIGHTS = ("ce", "rl", "kl")
+PARTS = (*WEIGHTS, "mtp", "balance", "z")
 CHUNK = 512  # tokens whose logits exist at a time
 
 
 @dataclass(frozen=True)
 class Loss:
     """Constants of the loss. clip_low, clip_high: PPO's range with DAPO's higher upper end (arXiv 2503.14476); kl: weight of the
-    distance to the reference, k3 of Schulman's note; mtp: weight of the multi-token loss (arXiv 2412.19437 eq. 25)."""
+    distance to the reference, k3 of Schulman's note; mtp: weight of the multi-token loss (arXiv 2412.19437 eq. 25); balance: of the
+    sequence-wise balance loss (eq. 17 there); z: of the squared log-partition of the head (PaLM, arXiv 2204.02311 section 5)."""
 
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl: float = 0.0
     mtp: float = 0.0
+    balance: float = 0.0
+    z: float = 0.0
 
 
 def totals(batches: Iterable[Batch]) -> dict[str, float]:
-    """Total weight of each stream over a whole optimizer step."""
-    out: dict[str, float] = {}
+    """Total weight of each stream over a whole optimizer step, and `tokens`, how many are not padding."""
+    out: dict[str, float] = {"tokens": 0}
     for batch in batches:
+        out["tokens"] += int((batch.document_ids >= 0).sum())
         for name in WEIGHTS:
             if name in batch.streams:
                 out[name] = out.get(name, 0.0) + float(batch.streams[name][:, 1:].double().sum())
@@ -46,7 +51,7 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     weights = {n: batch.streams[n][:, 1:].flatten() for n in WEIGHTS if total.get(n) and n in batch.streams}
     keep = torch.stack(list(weights.values())).ne(0).any(0).nonzero().squeeze(1)
     target = batch.tokens[:, 1:].flatten()[keep]
-    logprob, entropy = token_logprobs(hidden[:, :-1].flatten(0, 1).index_select(0, keep), model.head_weight, target)
+    logprob, entropy, log_z = token_logprobs(hidden[:, :-1].flatten(0, 1).index_select(0, keep), model.head_weight, target)
 
     def stream(name: str) -> Tensor:
         return batch.streams[name][:, 1:].flatten()[keep]
@@ -54,6 +59,8 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     parts: dict[str, Tensor] = {}
     if "ce" in weights:
         parts["ce"] = -(weights["ce"][keep] * logprob).sum() / total["ce"]
+        if rule.z:
+            parts["z"] = rule.z * (weights["ce"][keep] * log_z.square()).sum() / total["ce"]
     if "rl" in weights:
         w = weights["rl"][keep]
         log_ratio = logprob - stream("old_logprob")
@@ -65,45 +72,54 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
         mtp, mtp_routings = _mtp(model, batch, hidden, total["ce"])
         parts["mtp"] = rule.mtp * mtp
         routings += mtp_routings
+    real = batch.document_ids >= 0
+    if rule.balance and routings:
+        shares = [sequence_balance(routing, real) for routing in routings]
+        parts["balance"] = rule.balance * torch.stack(shares).sum() / total["tokens"]
     logs = {name: part.detach() for name, part in parts.items()}
+    if routings:
+        with torch.no_grad():
+            logs["router_entropy"] = torch.stack([router_entropy(routing, real) for routing in routings]) / total["tokens"]
     if "rl" in weights:
         with torch.no_grad():
             share = w / total["rl"]
             logs |= {"entropy": (share * entropy).sum(), "clipped": (share * clipped).sum(),
                      "mismatch": (share * log_ratio.abs()).sum()}  # fmt: skip
-    loads = [routing.load(batch.document_ids >= 0) for routing in routings]
+    loads = [routing.load(real) for routing in routings]
     return torch.stack(list(parts.values())).sum(), logs, torch.stack(loads) if loads else torch.zeros(0, model.config.n_routed_experts)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_mD: Tensor, weight_VD: Tensor, target_m: Tensor):  # type: ignore[no-untyped-def]
-        logprobs, entropies = [], []
+        logprobs, entropies, partitions = [], [], []
         for part in range(0, max(len(hidden_mD), 1), CHUNK):  # also a micro-batch of which no token counts
-            log_p = F.linear(hidden_mD[part : part + CHUNK], weight_VD).float().log_softmax(-1)
-            logprobs.append(log_p.gather(1, target_m[part : part + CHUNK, None]).squeeze(1))
+            logits, target = F.linear(hidden_mD[part : part + CHUNK], weight_VD).float(), target_m[part : part + CHUNK, None]
+            log_p = logits.log_softmax(-1)
+            logprobs.append(log_p.gather(1, target).squeeze(1))
+            partitions.append(logits.gather(1, target).squeeze(1) - logprobs[-1])
             entropies.append(-(log_p.exp() * log_p).sum(-1))
         ctx.save_for_backward(hidden_mD, weight_VD, target_m)
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
+        return torch.cat(logprobs), entropy, torch.cat(partitions)
 
     @staticmethod
-    def backward(ctx, grad_m: Tensor, _: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_m: Tensor, _: Tensor, grad_z_m: Tensor):  # type: ignore[no-untyped-def]
         hidden_mD, weight_VD, target_m = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden_mD), torch.zeros(weight_VD.shape, device=weight_VD.device)
         for part in range(0, len(hidden_mD), CHUNK):
             span = slice(part, part + CHUNK)
-            slope = F.linear(hidden_mD[span], weight_VD).float().softmax(-1)  # d(-logprob)/d(logits) = p - onehot
-            slope.scatter_add_(1, target_m[span, None], slope.new_full((len(slope), 1), -1.0))
-            slope = slope.mul_(-grad_m[span, None]).to(hidden_mD.dtype)
+            # d(logprob)/d(logits) = onehot - p, d(log_z)/d(logits) = p
+            slope = F.linear(hidden_mD[span], weight_VD).float().softmax(-1).mul_((grad_z_m - grad_m)[span, None])
+            slope = slope.scatter_add_(1, target_m[span, None], grad_m[span, None]).to(hidden_mD.dtype)
             torch.mm(slope, weight_VD, out=grad_hidden[span])
             grad_weight += slope.t() @ hidden_mD[span]
         return grad_hidden, grad_weight.to(weight_VD.dtype), None
 
 
-def token_logprobs(hidden_mD: Tensor, weight_VD: Tensor, target_m: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under the head, and the entropy there (no gradient), both [m] float32.
+def token_logprobs(hidden_mD: Tensor, weight_VD: Tensor, target_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each target under the head, the entropy there (no gradient), and log sum exp of the logits; each [m] float32.
 
     Logits exist for CHUNK tokens at a time and are computed again in the backward: a third more arithmetic in the head, but
     [m, V] is never held, and on the CPU the chunk stays in the cache. One-layer reference: F.cross_entropy (parity: tests).
@@ -125,6 +141,26 @@ def k3(logprob: Tensor, reference: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
+def sequence_balance(routing: Routing, real_BT: Tensor) -> Tensor:
+    """sum_i f_i P_i of each row, times its tokens, summed over the rows: f_i the expert's share of the choices times E (1 when even),
+    P_i the mean of its normalised score (DeepSeek-V3, arXiv 2412.19437 eq. 17-20, without alpha). A row is the sequence."""
+    scores = routing.logits.sigmoid()
+    real_BT1 = real_BT.unsqueeze(-1).to(scores.dtype)
+    share_BTE = (scores / scores.sum(-1, keepdim=True)).view(*real_BT.shape, -1) * real_BT1
+    chosen_BTE = torch.zeros_like(scores).scatter_(1, routing.chosen, 1.0).view_as(share_BTE) * real_BT1
+    tokens_B1 = real_BT1.sum(1).clamp(min=1)
+    E, K = scores.shape[-1], routing.chosen.shape[-1]
+    f_BE = chosen_BTE.sum(1) * (E / K) / tokens_B1
+    return (f_BE * share_BTE.sum(1)).sum()
+
+
+def router_entropy(routing: Routing, real_BT: Tensor) -> Tensor:
+    """Entropy in nats of each token's normalised scores, summed over the tokens that are not padding; log E when it cannot tell."""
+    scores = routing.logits[real_BT.flatten()].sigmoid()
+    share = scores / scores.sum(-1, keepdim=True)
+    return torch.special.entr(share).sum()
+
+
 def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float) -> tuple[Tensor, list[Routing]]:
     """Mean over depths k of the cross-entropy of token t + 1 + k from position t, where it lies in the same document."""
     losses, routings = [], []
@@ -132,7 +168,7 @@ def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float) -> tuple[Tens
         ahead = 1 + k
         same = batch.document_ids[:, ahead:] == batch.document_ids[:, :-ahead]
         weight = (batch.streams["ce"][:, ahead:] * same).flatten()
-        logprob, _ = token_logprobs(states[:, :-ahead].flatten(0, 1), model.head_weight, batch.tokens[:, ahead:].flatten())
+        logprob, _, _ = token_logprobs(states[:, :-ahead].flatten(0, 1), model.head_weight, batch.tokens[:, ahead:].flatten())
         losses.append(-(weight * logprob).sum() / total)
         if routing is not None:
             routings.append(routing)

@@ -95,24 +95,27 @@ class Optimizer:
                 master.grad += parameter.grad
             parameter.grad = None
 
+    def norm(self) -> Tensor:
+        """The norm of all collected gradients."""
+        return torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
+
     @torch.no_grad()
-    def step(self, lr: float) -> float:
-        """Clip, update, copy back; returns the gradient norm before clipping. A non-finite norm changes nothing."""
-        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.optim.clip, norm)
-            for group in self.adamw.param_groups:
-                group["lr"] = lr
-            self.adamw.step()
-            self.muon.step(lr)
-            for name, parameter in self.working.items():
-                if parameter.dtype != torch.float32:
-                    parameter.copy_(self.masters[name])
+    def step(self, lr: float, norm: Tensor) -> None:
+        """Clip the gradients of that norm, update, copy back, forget the gradients."""
+        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.optim.clip, norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.muon.step(lr)
+        for name, parameter in self.working.items():
+            if parameter.dtype != torch.float32:
+                parameter.copy_(self.masters[name])
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the collected gradients."""
         for master in self.masters.values():
             master.grad = None
-        return float(norm)
 
     def state(self) -> dict[str, Tensor]:
         """Masters and moments by name, flat: what a checkpoint stores."""

@@ -1,8 +1,8 @@
-"""Learning rate over steps."""
+"""What changes over the steps: learning rate, router balancing, multi-token weight, tokens a step."""
 
 import math
 
-from pascaline.recipe import Optim
+from pascaline.recipe import Optim, Stage
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -18,3 +18,24 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     else:
         return optim.lr
     return optim.lr * (optim.final + (1 - optim.final) * max(share, 0.0))
+
+
+def balance_rate(stage: Stage, step: int, steps: int) -> float:
+    """gamma of the router bias; V3 stops it for the last 3 % of its tokens."""
+    return stage.balance_rate if step < stage.balance_until * steps else 0.0
+
+
+def mtp_weight(stage: Stage, step: int, steps: int) -> float:
+    """lambda of the multi-token loss; V3 takes .3 for two thirds of its tokens, then .1."""
+    return stage.mtp if step < stage.mtp_until * steps else min(stage.mtp, stage.mtp_final)
+
+
+def ramp(tokens: int, row: int, rows: int, first: int, until: int) -> list[int]:
+    """Rows of `row` tokens in each step until `tokens` are reached: from `first` rows in a straight line over `until` tokens to `rows`."""
+    out: list[int] = []
+    seen = 0
+    while seen < tokens:
+        now = rows if seen >= until else first + (rows - first) * seen // until
+        out.append(max(now, 1))
+        seen += out[-1] * row
+    return out

@@ -86,7 +86,7 @@ def test_exact_names_the_first_through_a_growing_table(monkeypatch):
 
 @pytest.mark.parametrize("same", ["low", "high"])
 def test_the_table_compares_all_128_bits(same):
-    kept = dedup._Kept()
+    kept = dedup.Kept()
     constant = (123).to_bytes(8, "little")
     others = [(number << 32).to_bytes(8, "little") for number in range(700)]  # all begin to look at the same place
     digests = [other + constant if same == "high" else constant + other for other in others]

@@ -103,6 +103,24 @@ def test_a_sample_longer_than_a_row_is_refused():
         Loader(ListSamples([Sample(np.arange(33), {"ce": np.ones(33)})]), 32, 1, 1, 0, 0)
 
 
+def test_a_ramp_takes_the_same_rows_in_the_same_order():
+    ramped = listed(60, rows=3, ramp=[1, 1, 2, 3])
+    assert [sum(len(b.tokens) for b in ramped.step(i)) for i in range(7)] == [1, 1, 2, 3, 3, 3, 3]
+    assert rows_of(ramped, range(7)) == rows_of(listed(60, rows=4), range(4))
+
+
+def test_every_document_of_a_step_has_its_name():
+    loader = listed(60, micro=3, ramp=[2])
+    for step in range(4):
+        batches, names = loader.step(step), loader.documents(step)
+        assert len(batches) == len(names)
+        for batch, known in zip(batches, names, strict=True):
+            found = {(b, int(d)) for b, row in enumerate(batch.document_ids) for d in row.unique() if d >= 0}
+            assert found == set(known)
+            for (b, d), name in known.items():
+                assert batch.tokens[b][batch.document_ids[b] == d].tolist() == loader.samples.get(name["sample"]).tokens.tolist()
+
+
 # ---- a corpus --------------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +145,13 @@ def test_long_documents_are_cut_and_every_token_is_covered_once(tmp_path_factory
     for s in found:
         assert not any(int(t) in borders for t in s.tokens[1:])  # a piece never crosses into the next document
         assert s.streams["ce"].tolist() == [0.0] + [1.0] * (len(s.tokens) - 1)
+
+
+def test_a_piece_knows_its_document(tmp_path):
+    samples = CorpusSamples(corpus(tmp_path, [5, 40, 1, 33]), 16)
+    assert [tuple(samples.name(i).values()) for i in range(len(samples.lengths))] == [
+        ("test", d, at) for d, n in enumerate([5, 40, 1, 33]) for at in range(0, n, 16)
+    ]  # fmt: skip
 
 
 def test_a_corpus_through_the_loader(tmp_path):

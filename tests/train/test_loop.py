@@ -22,7 +22,8 @@ from trainee import Watched, loader, model, rows, trainer, weights
 from pascaline.data.batch import Sample, batches
 from pascaline.errors import BadInput
 from pascaline.model import hf
-from pascaline.runs import disk_full
+from pascaline.recipe import Guard
+from pascaline.runs import Metrics, disk_full
 from pascaline.stopping import Stopped
 from pascaline.train import checkpoint
 from pascaline.train.loop import Trainer, active_parameters
@@ -258,8 +259,10 @@ def test_a_finished_run_does_nothing_more(straight, tmp_path):
     assert again.asked == [] and (weights(tmp_path), (tmp_path / "metrics.jsonl").read_bytes()) == before
 
 
-def test_only_the_newest_checkpoint_is_kept(straight):
-    assert [p.name for p in (straight / "state").iterdir()] == [f"step-{STEPS}"]
+@pytest.mark.parametrize("last, every, kept", [(1, 0, {12}), (2, 0, {9, 12}), (1, 6, {6, 12}), (2, 4, {9, 12}), (9, 0, {3, 6, 9, 12})])
+def test_which_checkpoints_are_kept(last, every, kept, straight, tmp_path):
+    trainer(tmp_path, keep_last=last, keep_every=every).run(loader(), STEPS, quiet=True)
+    assert {p.name for p in (tmp_path / "state").iterdir()} == {f"step-{s}" for s in kept}
     assert sorted(p.name for p in (straight / "state" / f"step-{STEPS}").iterdir()) == ["state.json", "tensors.safetensors"]
 
 
@@ -307,7 +310,7 @@ def test_a_signal_saves_the_step_and_stops(number, straight, tmp_path):
     with pytest.raises(Stopped, match="step 5 of 12"):
         trainer(tmp_path).run(source, STEPS, quiet=True)
     assert signal.getsignal(number) == before
-    assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-5"] and len(rows(tmp_path)) == 5
+    assert checkpoint.steps(tmp_path) == [3, 5] and len(rows(tmp_path)) == 5
     assert not (tmp_path / "model").exists()
     trainer(tmp_path).run(loader(), STEPS, quiet=True)
     assert weights(tmp_path) == weights(straight) and rows(tmp_path) == rows(straight)
@@ -330,9 +333,18 @@ def spoil(value: float, at: int):
     return Watched(act)
 
 
+def bad_from(value: float, at: int):
+    def act(step, found):
+        if step >= at:
+            found[0].streams["ce"][0, 1] = value
+        return found
+
+    return Watched(act)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38])
-def test_a_loss_that_is_not_finite_stops_with_the_weights_as_they_were(value, straight, tmp_path):
-    one = trainer(tmp_path)
+def test_a_loss_that_stays_not_finite_stops_with_the_weights_as_they_were(value, straight, tmp_path):
+    one = trainer(tmp_path, guard=Guard(max_skips=1))
     kept = {}
     source = spoil(value, 5)
     act = source.act
@@ -360,7 +372,7 @@ def test_weights_that_are_not_finite_stop(tmp_path):
     one = trainer(tmp_path)
     with torch.no_grad():
         one.model.model.embed_tokens.weight[3, 2] = float("nan")
-    with pytest.raises(BadInput, match="toy step 0"):
+    with pytest.raises(BadInput, match=r"toy step 9.*10th time in a row"):
         one.run(loader(), STEPS, quiet=True)
 
 
@@ -410,6 +422,20 @@ def test_a_damaged_checkpoint_is_refused(name, content, tmp_path):
     assert "--fresh" in str(caught.value) and len(rows(tmp_path)) == 4  # nothing was thrown away
 
 
+@pytest.mark.parametrize("name, content", [("state.json", b"{"), ("tensors.safetensors", -1), ("tensors.safetensors", "bit")])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(name, content, straight, tmp_path, capsys):
+    with pytest.raises(Crash):
+        trainer(tmp_path).run(crash_at(8), STEPS, quiet=True)
+    path = tmp_path / "state" / "step-6" / name
+    data = bytearray(path.read_bytes())
+    data[-5] ^= content == "bit"
+    path.write_bytes(data if content == "bit" else data[:content] if isinstance(content, int) else content)
+    trainer(tmp_path, 5).run(loader(), STEPS)
+    err = capsys.readouterr().err
+    assert err.count("step-6 is damaged") == 1 and "going on from step-3" in err
+    assert weights(tmp_path) == weights(straight) and rows(tmp_path) == rows(straight)
+
+
 def test_left_overs_of_a_killed_save_are_ignored_and_swept(straight, tmp_path):
     with pytest.raises(Crash):
         trainer(tmp_path).run(crash_at(4), STEPS, quiet=True)
@@ -417,11 +443,11 @@ def test_left_overs_of_a_killed_save_are_ignored_and_swept(straight, tmp_path):
         (tmp_path / "state" / name).mkdir()
         (tmp_path / "state" / name / "tensors.safetensors").write_bytes(b"half")
     trainer(tmp_path).run(loader(), STEPS, quiet=True)
-    assert weights(tmp_path) == weights(straight) and [p.name for p in (tmp_path / "state").iterdir()] == [f"step-{STEPS}"]
+    assert weights(tmp_path) == weights(straight) and {p.name for p in (tmp_path / "state").iterdir()} == {"step-9", "step-12"}
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left on device (os error 28)"), OSError(28, "No space left on device")])
-def test_a_full_disk_keeps_the_old_checkpoint(error, straight, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_checkpoint(error, straight, tmp_path, monkeypatch, capsys):
     real, saves = checkpoint.save_file, []
 
     def full(*arguments, **options):
@@ -431,18 +457,39 @@ def test_a_full_disk_keeps_the_old_checkpoint(error, straight, tmp_path, monkeyp
         real(*arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(type(error)) as caught:
-        trainer(tmp_path).run(loader(), STEPS, quiet=True)
-    assert disk_full(caught.value)
-    assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-3"]
+    with pytest.raises(Crash):
+        trainer(tmp_path).run(crash_at(8), STEPS)
+    assert "no checkpoint at step 6, the disk is full; going on" in capsys.readouterr().err
+    assert checkpoint.steps(tmp_path) == [3] and len(rows(tmp_path)) == 8  # it went on after step 6
+    saves[1:] = []
+    with pytest.raises(type(error)) as caught:  # the last one must be written
+        trainer(tmp_path).run(loader(), 6, quiet=True)
+    assert disk_full(caught.value) and [p.name for p in (tmp_path / "state").iterdir()] == ["step-3"]
     monkeypatch.undo()
     trainer(tmp_path).run(loader(), STEPS, quiet=True)
     assert weights(tmp_path) == weights(straight)
 
 
+def test_metrics_wait_for_room_on_a_full_disk(straight, tmp_path, monkeypatch, capsys):
+    real = Metrics.append
+
+    def append(self, row):
+        if 4 <= len(asked) <= 7:
+            raise OSError(28, "No space left on device")
+        real(self, row)
+
+    source = Watched(lambda step, _: None)
+    asked = source.asked
+    monkeypatch.setattr(Metrics, "append", append)
+    trainer(tmp_path).run(source, STEPS)
+    assert rows(tmp_path) == rows(straight) and weights(tmp_path) == weights(straight)
+    err = capsys.readouterr().err
+    assert err.count("the disk is full; going on, metrics.jsonl") == 1 and err.count("no checkpoint at step 6") == 1
+
+
 def test_a_checkpoint_holds_tensors_and_json_only(straight):
     """Nothing executable is loaded: law 6."""
-    tensors, facts = checkpoint.load(straight / "state" / f"step-{STEPS}")
+    tensors, facts = checkpoint.load(straight, [STEPS], pytest.fail)
     assert facts["step"] == STEPS and facts["totals"]["tokens"] > 0
     assert any(n.endswith("e_score_correction_bias") for n in tensors) and "rng" not in tensors
     names = set(load_file(straight / "state" / f"step-{STEPS}" / "tensors.safetensors"))

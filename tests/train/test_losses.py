@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny import relative_error, tiny_model
 
 from pascaline.data.batch import Batch, Sample, collate
+from pascaline.model.moe import Routing
 from pascaline.train import losses
-from pascaline.train.losses import Loss, clipped_surrogate, compute, k3, token_logprobs, totals
+from pascaline.train.losses import Loss, clipped_surrogate, compute, k3, router_entropy, sequence_balance, token_logprobs, totals
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -35,17 +36,24 @@ def test_token_logprobs_are_cross_entropy(m, chunk, monkeypatch):
         (logprob * slope).sum().backward()
         return logprob.detach(), hidden.grad, weight.grad
 
-    found = run(lambda h, w: token_logprobs(h, w, target)[0])
-    expected = run(lambda h, w: -F.cross_entropy(F.linear(h, w), target, reduction="none"))
-    for one, other in zip(found, expected, strict=True):
-        assert one.shape == other.shape and relative_error(one, other) < 1e-5
+    def z(h, w):
+        logprob, _, log_z = token_logprobs(h, w, target)
+        return logprob + 0.3 * log_z.square()
+
+    plain = {
+        "logprob": lambda h, w: -F.cross_entropy(F.linear(h, w), target, reduction="none"),
+        "z": lambda h, w: plain["logprob"](h, w) + 0.3 * F.linear(h, w).logsumexp(-1).square(),
+    }
+    for name, ours in {"logprob": lambda h, w: token_logprobs(h, w, target)[0], "z": z}.items():
+        for one, other in zip(run(ours), run(plain[name]), strict=True):
+            assert one.shape == other.shape and relative_error(one, other) < 1e-5
 
 
 @pytest.mark.parametrize("chunk", [3, 512])
 def test_entropy_is_that_of_the_distribution_and_has_no_gradient(chunk, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", chunk)
     hidden, weight = randn(10, 24).requires_grad_(), randn(61, 24, seed=2)
-    logprob, entropy = token_logprobs(hidden, weight, torch.zeros(10, dtype=torch.long))
+    logprob, entropy, _ = token_logprobs(hidden, weight, torch.zeros(10, dtype=torch.long))
     expected = torch.distributions.Categorical(logits=F.linear(hidden, weight)).entropy()
     assert relative_error(entropy, expected) < 1e-5
     assert logprob.requires_grad and not entropy.requires_grad
@@ -54,7 +62,7 @@ def test_entropy_is_that_of_the_distribution_and_has_no_gradient(chunk, monkeypa
 def test_token_logprobs_in_bf16_are_float32_and_near():
     hidden, weight = randn(40, 24).bfloat16(), randn(61, 24, seed=2).bfloat16()
     target = torch.arange(40)
-    logprob, entropy = token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), target)
+    logprob, entropy, _ = token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), target)
     assert logprob.dtype == entropy.dtype == torch.float32
     logprob.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
@@ -100,7 +108,7 @@ def gradients(model, micro_batches: list[Batch], rule: Loss = RULE):
         loss, parts, loads = compute(model, batch, total, rule)
         loss.backward()
         value += loss.item()
-        logs = {name: logs.get(name, 0.0) + float(part) for name, part in parts.items()}
+        logs = {name: logs.get(name, 0.0) + float(part.sum()) for name, part in parts.items()}
         load = load + loads
     return value, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, logs, load
 
@@ -190,7 +198,8 @@ def test_totals_are_exact_sums_over_all_micro_batches():
     found = totals(collate([row], 24, 2) for row in rows)
     for name in ALL:
         assert found[name] == pytest.approx(sum(float(s.streams[name][1:].astype(np.float64).sum()) for row in rows for s in row), rel=1e-6)
-    assert set(found) == set(ALL)  # what is no weight is not counted
+    assert found["tokens"] == sum(len(s.tokens) for row in rows for s in row)
+    assert set(found) == {*ALL, "tokens"}  # what is no weight is not counted
 
 
 # ---- what must have no influence -------------------------------------------------------------------------------------
@@ -253,7 +262,7 @@ def test_the_first_token_of_a_document_is_never_a_target():
     model = tiny_model()
     rows = [[Sample(np.array([5, 6, 7]), {"ce": np.ones(3, np.float32)}), Sample(np.array([8, 9]), {"ce": np.ones(2, np.float32)})]]
     batch = collate(rows, 8, 2)
-    assert totals([batch]) == {"ce": 3.0}
+    assert totals([batch]) == {"ce": 3.0, "tokens": 5}
     assert gradients(model, [batch])[0] == pytest.approx(by_hand(model, rows, RULE).item(), rel=1e-4)
 
 
@@ -374,3 +383,66 @@ def test_mtp_over_micro_batches():
     found_value, found, *_ = gradients(model, [collate([row], 24, 2) for row in rows], rule)
     assert found_value == pytest.approx(value, rel=1e-5)
     assert_same(found, expected)
+
+
+# ---- balance ---------------------------------------------------------------------------------------------------------
+
+
+def routing(rows: int, length: int, experts: int = 4, k: int = 2, seed: int = 0) -> Routing:
+    logits = randn(rows * length, experts, seed=seed)
+    return Routing(logits.requires_grad_(), logits.detach().topk(k).indices)
+
+
+def test_the_sequence_balance_loss_is_the_papers():
+    """Equations 17 to 20 of the V3 report, written out token by token."""
+    found = routing(3, 7)
+    real = torch.ones(3, 7, dtype=torch.bool)
+    real[1, 5:] = False
+    real[2] = False  # a row of padding alone
+    scores = found.logits.detach().sigmoid().view(3, 7, 4)
+    chosen = found.chosen.view(3, 7, 2)
+    expected = 0.0
+    for b in range(2):
+        tokens = [t for t in range(7) if real[b, t]]
+        for i in range(4):
+            f = 4 / (2 * len(tokens)) * sum(i in chosen[b, t].tolist() for t in tokens)
+            P = sum(float(scores[b, t, i] / scores[b, t].sum()) for t in tokens) / len(tokens)
+            expected += f * P * len(tokens)
+    loss = sequence_balance(found, real)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert found.logits.grad[:12].abs().sum() > 0 and not found.logits.grad[12:].any()
+
+
+def test_an_even_choice_has_balance_loss_one_a_token_and_full_entropy():
+    even = Routing(torch.zeros(8, 4), torch.tensor([[0, 1], [2, 3]]).repeat(4, 1))
+    real = torch.ones(1, 8, dtype=torch.bool)
+    assert sequence_balance(even, real).item() == pytest.approx(8.0)
+    assert router_entropy(even, real).item() == pytest.approx(8 * math.log(4), rel=1e-6)
+    one_sided = Routing(torch.tensor([[9.0, 9.0, -9.0, -9.0]]).repeat(8, 1), torch.tensor([[0, 1]]).repeat(8, 1))
+    assert sequence_balance(one_sided, real).item() == pytest.approx(16.0, rel=1e-3)
+    assert router_entropy(one_sided, real).item() == pytest.approx(8 * math.log(2), rel=1e-2)
+
+
+def test_balance_and_z_do_not_depend_on_the_micro_batches():
+    model = tiny_model()
+    rows = random_rows()
+    rule = Loss(balance=0.1, z=0.01)
+    value, expected, logs, _ = gradients(model, [collate(rows, 24, 2)], rule)
+    again, found, split, _ = gradients(model, [collate([row], 24, 2) for row in rows], rule)
+    assert again == pytest.approx(value, rel=1e-5) and split.keys() == logs.keys() >= {"balance", "z", "router_entropy"}
+    assert_same(found, expected)
+    assert np.allclose(split["router_entropy"], logs["router_entropy"], rtol=1e-5)
+    without = gradients(model, [collate(rows, 24, 2)], Loss())[0]
+    assert value == pytest.approx(without + logs["balance"] + logs["z"], rel=1e-5)
+
+
+def test_activation_checkpointing_changes_nothing():
+    """Neither a gradient nor, as in peers that count in the forward, a load."""
+    batch = collate(random_rows(), 24, 2)
+    plain = gradients(tiny_model(num_nextn_predict_layers=1), [batch], Loss(mtp=0.3, balance=0.1))
+    model = tiny_model(num_nextn_predict_layers=1)
+    model.activation_checkpointing = True
+    again = gradients(model, [batch], Loss(mtp=0.3, balance=0.1))
+    assert again[0] == plain[0] and torch.equal(again[3], plain[3])
+    assert all(torch.equal(again[1][n], plain[1][n]) for n in plain[1]) and again[1].keys() == plain[1].keys()

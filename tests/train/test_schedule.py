@@ -1,4 +1,4 @@
-"""The learning rate at its corners."""
+"""The schedules at their corners."""
 
 import itertools
 import math
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pascaline.recipe import Optim
-from pascaline.train.schedule import learning_rate
+from pascaline.recipe import Optim, Stage
+from pascaline.train.schedule import balance_rate, learning_rate, mtp_weight, ramp
 
 
 def rates(steps: int, **changes) -> list[float]:
@@ -56,3 +56,31 @@ def test_any_schedule_stays_between_nothing_and_the_peak_and_falls_after_warm_up
     assert all(b <= a + 1e-9 for a, b in itertools.pairwise(after))
     if after and (schedule == "cosine" or (schedule == "wsd" and decay > 0)):
         assert after[-1] == pytest.approx(2.0 * final, abs=1e-9)
+
+
+# ---- balancing, multi-token weight, tokens a step --------------------------------------------------------------------
+
+
+def test_gamma_and_lambda_change_at_their_share():
+    """V3: gamma stops after 14.3T of 14.8T tokens, lambda falls from .3 to .1 after 10T."""
+    stage = Stage(balance_rate=0.001, balance_until=0.97, mtp=0.3, mtp_until=0.68, mtp_final=0.1)
+    gammas = [balance_rate(stage, step, 100) for step in range(100)]
+    lambdas = [mtp_weight(stage, step, 100) for step in range(100)]
+    assert gammas == [0.001] * 97 + [0.0] * 3 and lambdas == [0.3] * 68 + [0.1] * 32
+    assert balance_rate(Stage(), 99, 100) == 1e-3 and mtp_weight(Stage(), 99, 100) == 0.3
+    assert mtp_weight(Stage(mtp=0.05, mtp_until=0.5), 99, 100) == 0.05  # never up
+
+
+@given(st.integers(1, 10_000), st.integers(1, 64), st.integers(1, 20), st.integers(1, 20), st.integers(0, 10_000))
+@settings(max_examples=200, deadline=None)
+def test_a_ramp_grows_to_the_full_step_and_trains_what_was_promised(tokens, row, first, more, until):
+    rows = first + more
+    plan = ramp(tokens, row, rows, first, until)
+    assert plan == sorted(plan) and plan[0] == (first if until else rows) and max(plan) <= rows
+    assert row * sum(plan) >= tokens > row * sum(plan[:-1])
+    seen = [row * sum(plan[:i]) for i in range(len(plan))]
+    assert all(n == rows for n, s in zip(plan, seen, strict=True) if s >= until)
+
+
+def test_without_a_ramp_all_steps_are_full():
+    assert ramp(1000, 10, 7, 7, 500) == [7] * 15

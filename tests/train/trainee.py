@@ -60,6 +60,9 @@ class Watched:
         batches = self.source.step(step)
         return self.act(step, batches) or batches
 
+    def documents(self, step: int) -> Any:
+        return self.source.documents(step)
+
 
 def trainer(folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, shape: Any = None, **changes) -> Trainer:
     table = stage(**changes)

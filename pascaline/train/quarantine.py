@@ -1,0 +1,29 @@
+"""Which documents of a bad step are to blame."""
+
+from typing import Any
+
+import torch
+
+from pascaline.data.batch import Batch
+from pascaline.model.transformer import Model
+from pascaline.train.losses import token_logprobs
+
+Names = dict[tuple[int, int], dict[str, Any]]  # (row, document id in the row) -> what is known of the document
+MOST = 20
+
+
+@torch.no_grad()
+def suspects(model: Model, batches: list[Batch], names: list[Names]) -> list[dict[str, Any]]:
+    """The step's documents by their mean loss in nats a token, worst first (one without a finite loss is the worst), at most MOST."""
+    found = []
+    for batch, known in zip(batches, names, strict=False):
+        batch = batch.to(model.device)
+        hidden, _ = model.hidden(batch.tokens, batch.positions, batch.document_ids)
+        logprob, _, _ = token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, batch.tokens[:, 1:].flatten())
+        loss = -logprob.view(len(batch.tokens), -1)
+        for (row, document), name in known.items():
+            inside = (batch.document_ids[row, 1:] == document) & (batch.positions[row, 1:] > 0)
+            if inside.any():
+                found.append({**name, "loss": float(loss[row][inside].mean())})
+    found.sort(key=lambda entry: -entry["loss"] if entry["loss"] == entry["loss"] else -torch.inf)
+    return found[:MOST]
