@@ -6,30 +6,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from _common import finish
+from _text import CONFIG, PAD, ROW, held_out_loss, texts
 
 from pascaline.data.batch import Batch, Sample
 from pascaline.data.loader import ListSamples, Loader
-from pascaline.data.sources import documents
 from pascaline.errors import BadInput
-from pascaline.model.config import ModelConfig
 from pascaline.model.transformer import Model
 from pascaline.recipe import Guard as Rule
 from pascaline.recipe import Stage
 from pascaline.train.guard import Guard
 from pascaline.train.loop import Trainer
-from pascaline.train.losses import Loss, token_logprobs
+from pascaline.train.losses import Loss
 
-ROW, ROWS, STEPS, PAD = 128, 8, 300, 256
-LR, TOO_FAST = 4e-3, 8  # the peak rate, and how many times it in the run that diverges
-RULE = Rule(patience=20, margin=0.15)
-CONFIG = ModelConfig(
-    vocab_size=257, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, moe_intermediate_size=32,
-    n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
-    v_head_dim=16, tie_word_embeddings=True, eos_token_id=None, pad_token_id=0, initializer_range=0.05,
-)  # fmt: skip
+ROWS, STEPS = 8, 300
+LR, TOO_FAST = 4e-3, 64  # the peak rate, and how many times it from the middle of the run that diverges on
+RULE = Rule(patience=10, margin=0.1, rewinds=8)
 
 
 class Unguarded(Guard):
@@ -43,11 +36,15 @@ class Unguarded(Guard):
 class Injected:
     """The clean data, and at some of its steps what is not clean. Keyed by the data's own number, as a bad document would be."""
 
-    def __init__(self, loader: Loader, model: Model, kind: str):
-        self.loader, self.model, self.kind, self.facts = loader, model, kind, loader.facts
+    def __init__(self, loader: Loader, trainer: Trainer, kind: str):
+        self.loader, self.model, self.kind, self.facts = loader, trainer.model, kind, loader.facts
+        self.trainer, self.faster, update = trainer, 1.0, trainer.optimizer.step
+        trainer.optimizer.step = lambda lr, norm: update(lr * self.faster, norm)  # type: ignore[method-assign]
 
     def step(self, step: int) -> list[Batch]:
         batches = self.loader.step(step)
+        if self.kind == "rate":  # keyed by the update's number: going back does not help, only halving does
+            self.faster = TOO_FAST if step - self.trainer.guard.shift >= STEPS // 2 else 1.0
         if self.kind == "poison" and 250 <= step < 256:  # a document of noise, six steps long
             for batch in batches:
                 batch.tokens = torch.randint(0, 256, batch.tokens.shape, generator=torch.Generator().manual_seed(step))
@@ -59,41 +56,16 @@ class Injected:
         return self.loader.documents(step)
 
 
-def texts(count: int = 2_000_000) -> tuple[list[Sample], list[Sample]]:
-    """Training and held-out rows of bytes; every tenth file is held out."""
-    parts: tuple[list[Sample], list[Sample]] = ([], [])
-    for i, document in enumerate(documents(["stdlib"], count, lambda _: None)):
-        data = np.frombuffer(document.text.encode(), np.uint8).astype(np.int64)
-        rows = [data[at : at + ROW] for at in range(0, len(data), ROW)]
-        parts[i % 10 == 9].extend(Sample(row, {"ce": np.ones(len(row), np.float32)}) for row in rows if len(row) > 1)
-    return parts
-
-
-@torch.no_grad()
-def held_out_loss(model: Model, samples: list[Sample]) -> float:
-    """Mean nats a byte over the first 512 rows."""
-    total = count = 0.0
-    loader = Loader(ListSamples(samples), ROW, 64, 64, PAD, 0)
-    for step in range(8):
-        (batch,) = loader.step(step)
-        hidden, _ = model.hidden(batch.tokens, batch.positions, batch.document_ids)
-        logprob, _, _ = token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, batch.tokens[:, 1:].flatten())
-        weight = batch.streams["ce"][:, 1:].flatten()
-        total, count = total - float((weight * logprob).sum()), count + float(weight.sum())
-    return total / count
-
-
 def train(seed: int, kind: str, guarded: bool, train_rows: list[Sample], held_out: list[Sample]) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = Model(CONFIG).init_(seed)
-    rate = LR * TOO_FAST if kind == "rate" else LR
-    stage = Stage(sequence_length=ROW, lr=rate, warmup=120, decay=0.3, final=0.02, save_every=20, keep_last=8, guard=RULE, mtp=0.0)
+    stage = Stage(sequence_length=ROW, lr=LR, warmup=120, decay=0.3, final=0.02, save_every=20, keep_last=8, guard=RULE, mtp=0.0)
     loader = Loader(ListSamples(train_rows), ROW, ROWS, ROWS, PAD, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model, stage, Loss(), Path(folder), f"{kind} {'guarded' if guarded else 'unguarded'}", torch.float32)
         trainer.guard = Guard() if guarded else Unguarded()
         try:
-            trainer.run(Injected(loader, model, kind), STEPS, quiet=True)
+            trainer.run(Injected(loader, trainer, kind), STEPS, quiet=True)
         except BadInput as e:
             return {"loss": float("nan"), "counts": trainer.guard.counts, "ended": str(e)}
     return {"loss": held_out_loss(model, held_out), "counts": trainer.guard.counts}

@@ -87,19 +87,29 @@ def chat(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="a run's folder")], as_json: Json = False) -> None:
-    """Show what a run measured, and where its report.html is."""
+    """Show what a run measured, or how far it is, and where its report.html is."""
     from pascaline.runs import read_json
 
     found = read_json(folder / "report.json")
     if found is None and not folder.is_dir():
         raise BadInput(f"there is no folder {folder}.")
     if found is None:
-        raise BadInput(f"{folder} has no report.json yet; it appears when the run's last stage is done.")
-    if as_json:
+        _show_standing(folder, as_json)
+    elif as_json:
         print(json.dumps(found))
     else:
         _show(found, folder, done=False)
         print(f"\nWith plots: {folder / 'report.html'}")
+
+
+def _show_standing(folder: Path, as_json: bool) -> None:
+    from pascaline.eval.live import draw, standing, standing_text
+
+    stages = standing(folder)
+    if not stages:
+        raise BadInput(f"{folder} holds no training stage that has begun, so there is nothing to report yet.")
+    page = draw(folder)
+    print(json.dumps({"training": stages}) if as_json else f"{standing_text(stages)}\n\nSo far, with plots: {page}")
 
 
 @app.command()
@@ -160,7 +170,7 @@ def data_trace(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="train or decode")]) -> None:
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="train, decode, data, demo, muon or stability")]) -> None:
     """Measure against a peer in one run (scripts in bench/ of the repository). Options follow the name: --json, ..."""
     from pascaline.errors import nearest
 

@@ -53,8 +53,9 @@ class Tokenizer(Table):
 
 
 class Optim(Table):
-    """The optimizer and its schedule. muon: for the layers' matrices, AdamW for the rest. warmup in steps; decay: last share of the
-    steps in which wsd falls; final: end over peak rate."""
+    """The optimizer and its schedule. muon: for the layers' matrices, AdamW for the rest. qk_clip: tau, the largest attention logit that
+    is left alone (Kimi K2: 100), 0 for none. warmup in steps; decay: last share of the steps in which wsd falls; final: end over
+    peak rate."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     momentum: float = Field(0.95, ge=0, lt=1)
@@ -64,6 +65,7 @@ class Optim(Table):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, gt=0)
+    qk_clip: float = Field(0.0, ge=0)
     warmup: int = Field(20, ge=0)
     schedule: Literal["constant", "cosine", "wsd"] = "wsd"
     decay: float = Field(0.2, ge=0, le=1)

@@ -139,7 +139,7 @@ def test_two_runs_on_one_folder(tmp_path: Path) -> None:
 
 def test_reports_and_benchmarks_that_are_not_there(refused: Refused, tmp_path: Path) -> None:
     assert "there is no folder" in refused("report", tmp_path / "nowhere")
-    assert "has no report.json yet" in refused("report", tmp_path)
+    assert "nothing to report yet" in refused("report", tmp_path)
     assert "bench" in refused("bench", "dekode")
 
 

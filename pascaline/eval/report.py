@@ -34,7 +34,7 @@ def table_text(report: Mapping[str, Any]) -> str:
     """The same numbers for a terminal: a row a stage, then a row a sampling protocol, then the gain."""
     head = ["stage", "accuracy", "95% interval", "n", "tokens", "time", "FLOPs"]
     rows = [[row["name"], *_accuracy(row), clock(row.get("seconds")), flops(row.get("flops"))] for row in report.get("stages", [])]
-    parts = [_aligned([head, *rows])] if rows else []
+    parts = [aligned([head, *rows])] if rows else []
     head = ["model", "puzzle", "temp", "top-p", "samples", "accuracy", "95% interval", "n", "tokens", "abstain", "false", "cut off"]
     rows = [
         [str(row.get("model", NONE)), str(row.get("puzzle") or NONE), *(count(row.get(key)) for key in ("temperature", "top_p", "samples"))]
@@ -43,7 +43,7 @@ def table_text(report: Mapping[str, Any]) -> str:
         for row in report.get("protocols", [])
     ]
     if rows:
-        parts.append(_aligned([head, *rows]))
+        parts.append(aligned([head, *rows]))
     gain = report.get("gain") or {}
     if gain.get("points") is not None:
         parts.append(f"RL gain: {points(gain['points'])} points (95% interval {_between(gain, points)})")
@@ -98,7 +98,7 @@ def _accuracy(row: Mapping[str, Any]) -> list[str]:
     return [percent(row.get("accuracy")), interval, count(row.get("n")), count(row.get("mean_tokens"))]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns two spaces apart, the first to the left and numbers to the right, a rule below the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

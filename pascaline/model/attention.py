@@ -44,6 +44,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
+        self.max_logit_H: Tensor | None = None  # of the forwards with gradient, if a tensor is put here (QK-clip)
         heads, rank = config.num_attention_heads, config.kv_lora_rank
 
         def linear(fan_in: int, fan_out: int) -> nn.Linear:
@@ -85,6 +86,8 @@ class LatentAttention(nn.Module):
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), -1).transpose(1, 2)
+        if self.max_logit_H is not None and torch.is_grad_enabled():
+            self.max_logit_H = torch.maximum(self.max_logit_H, largest_logits(q, k, mask_BTT, c.attention_scale))
         return attend(q, k, v.transpose(1, 2), mask_BTT, c.attention_scale).transpose(1, 2).reshape(B, T, H * c.v_head_dim)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entries_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
@@ -126,6 +129,17 @@ def attend(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTV: Tensor, mask_BTT: Tensor, sca
         weights = scores.add_(mask[:, :, start:stop, :stop]).softmax(-1)
         out.append(torch.matmul(weights, v_BHTV[:, :, :stop]))
     return torch.cat(out, 2) if len(out) > 1 else out[0]
+
+
+@torch.no_grad()
+def largest_logits(q_BHTC: Tensor, k_BHTC: Tensor, mask_BTT: Tensor, scale: float) -> Tensor:
+    """The largest score of each head before the softmax, [H] float32. A second q k^T: kernels keep their scores to themselves."""
+    blocks = []
+    for start in range(0, q_BHTC.shape[2], QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q_BHTC.shape[2])
+        scores = torch.matmul(q_BHTC[:, :, start:stop] * scale, k_BHTC[:, :, :stop].transpose(2, 3))
+        blocks.append((scores + mask_BTT[:, None, start:stop, :stop]).amax((0, 2, 3)))
+    return torch.stack(blocks).amax(0).float()
 
 
 def attend_latent(q_BQC: Tensor, entries_BSC: Tensor, mask_BQS: Tensor, scale: float) -> Tensor:

@@ -25,6 +25,7 @@ class Guard:
     in_row: int = 0  # steps since the last one whose loss and gradient were finite
     smoothed: float | None = None
     best: float = math.inf  # of the smoothed loss
+    since_best: int = 0  # steps
     above: int = 0  # steps in a row that the smoothed loss is above its best by more than the margin
     shift: int = 0  # steps of data left out by rewinds: step i trains on the data of i + shift
     slower: float = 1.0  # factor on the learning rate
@@ -35,6 +36,7 @@ class Guard:
             self.in_row += 1
             return self.count("non-finite")
         self.in_row = 0
+        self.since_best += 1
         high_loss = loss is not None and loss > limit(self.losses, rule.sigma)
         high_norm = norm > limit(self.norms, rule.sigma)
         # Spikes stand in the window too: rare they do not move its limit, and when they are the new level it lets them pass.
@@ -50,7 +52,8 @@ class Guard:
     def _follow(self, rule: Rule, loss: float) -> None:
         self.smoothed = loss if self.smoothed is None else self.smoothed + SMOOTH * (loss - self.smoothed)
         if len(self.losses) >= LEAST:
-            self.best = min(self.best, self.smoothed)
+            if self.smoothed < self.best:
+                self.best, self.since_best = self.smoothed, 0
             self.above = self.above + 1 if self.smoothed > self.best + rule.margin else 0
 
     def drifted(self, rule: Rule) -> bool:
@@ -58,8 +61,9 @@ class Guard:
         return 0 < rule.patience <= self.above
 
     def rewound(self, lost: int) -> None:
-        """After the state of an older checkpoint is back: leave out the data of the `lost` steps and learn at half the rate."""
-        self.slower = 0.5 ** (self.counts.get("rewind", 0) + 1)
+        """After the state of an older checkpoint is back: leave out the data of the `lost` steps; if an earlier rewind did the same in
+        vain, the data was not to blame, so learn at a quarter of the rate."""
+        self.slower = 0.25 ** self.counts.get("rewind", 0)
         self.shift += lost
         self.above = 0
         self.count("rewind")

@@ -26,6 +26,7 @@ from pascaline.stopping import Interrupt, Stopped
 from pascaline.train import checkpoint, losses, quarantine, schedule
 from pascaline.train.guard import Guard
 from pascaline.train.optim import Optimizer
+from pascaline.train.qkclip import QKClip
 
 SHOWN = ("reward", "accuracy", "response_tokens", "loss", "grad_norm", "max_violation", "tokens_per_s")
 
@@ -57,6 +58,7 @@ class Trainer:
         self.model, self.stage, self.rule, self.folder, self.name = model, stage, rule, folder, name
         self.model.activation_checkpointing = stage.activation_checkpointing
         self.optimizer = Optimizer(model, stage, dtype)
+        self.clipping = QKClip(model, self.optimizer, stage.qk_clip)
         self.routers = model.routers()
         self.flops_per_token = 6.0 * active_parameters(model)
         self.totals = Totals()
@@ -103,6 +105,7 @@ class Trainer:
             raise BadInput(f"{self.name} step {step}: no token carries any weight, so there is nothing to learn; check the masks.")
         logs: dict[str, Tensor] = {}
         load_LE = torch.zeros(())
+        self.clipping.watch()
         rule = replace(self.rule, mtp=schedule.mtp_weight(self.stage, step, steps) if self.rule.mtp else 0.0)
         for batch in batches:
             loss, parts, loads = losses.compute(self.model, batch.to(self.model.device), total, rule)
@@ -118,6 +121,8 @@ class Trainer:
         if self._skip(source, step, batches, row, progress):
             return row
         self.optimizer.step(row["lr"], norm)
+        if self.stage.qk_clip:
+            row["max_logit"] = self.clipping.clip()
         if rate := schedule.balance_rate(self.stage, step, steps):
             for router, load in zip(self.routers, load_LE, strict=False):  # the MTP modules', last, only run under their loss
                 router.balance(load, rate)
@@ -148,7 +153,7 @@ class Trainer:
         return True
 
     def _rewind(self, step: int, progress: Progress) -> int:
-        """Back to a checkpoint from before the loss began to rise; the step to go on with."""
+        """Back to the last checkpoint from before the loss began to rise, if there still is one; the step to go on with."""
         rule, counts, totals = self.stage.guard, self.guard.counts, self.totals
         trouble = f"{self.name} step {step}: the loss has been more than {rule.margin:g} above its best {self.guard.best:.3g} for " \
                   f"{rule.patience} steps"  # fmt: skip
@@ -156,7 +161,7 @@ class Trainer:
         if counts.get("rewind", 0) >= rule.rewinds or not saved:
             raise BadInput(f"{trouble}, and {rule.rewinds} rewinds did not help; lower {self.name}.lr (now {self.stage.lr:g}), clip "
                            f"harder ({self.name}.clip), or look at the data.")  # fmt: skip
-        early = [s for s in saved if s <= step - rule.patience] or saved[:1]
+        early = [s for s in saved if s <= step - self.guard.since_best] or saved[:1]
         before = self._restore(reversed(early), progress)
         self.guard.counts, self.totals = counts, totals  # what was spent is spent
         self.guard.rewound(step - before)

@@ -107,10 +107,15 @@ class Optimizer:
             group["lr"] = lr
         self.adamw.step()
         self.muon.step(lr)
-        for name, parameter in self.working.items():
-            if parameter.dtype != torch.float32:
-                parameter.copy_(self.masters[name])
+        for name in self.working:
+            self.refresh(name)
         self.drop()
+
+    @torch.no_grad()
+    def refresh(self, name: str) -> None:
+        """Copy a master to its working parameter, where they are two."""
+        if self.working[name].dtype != torch.float32:
+            self.working[name].copy_(self.masters[name])
 
     def drop(self) -> None:
         """Forget the collected gradients."""
@@ -133,5 +138,4 @@ class Optimizer:
                 self.adamw.state[master] = {k: state[f"{k}.{name}"].to(master.device) for k in ("step", "exp_avg", "exp_avg_sq")}
             if name in self.muon.momentum:
                 self.muon.momentum[name].copy_(state[f"momentum.{name}"])
-            if self.working[name].dtype != torch.float32:
-                self.working[name].copy_(master)
+            self.refresh(name)

@@ -93,8 +93,9 @@ def test_slow_drift():
     rising = [(1.5 + 0.012 * i, 1.0) for i in range(100)]
     assert any(guard.judge(rule, *step) or guard.drifted(rule) for step in rising[:80])
     assert rule.patience == guard.above and not any(guard.counts.values())
+    assert rule.patience < guard.since_best < 80  # where the rise began
     guard.rewound(30)
-    assert (guard.shift, guard.slower, guard.counts["rewind"]) == (30, 0.5, 1)
+    assert (guard.shift, guard.slower, guard.counts["rewind"]) == (30, 1.0, 1)
     guard.rewound(10)
     assert (guard.shift, guard.slower, guard.counts["rewind"]) == (40, 0.25, 2)
 

@@ -1,0 +1,49 @@
+"""A run that is not done yet: where its stages stand, from the metrics they have written so far."""
+
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pascaline.eval.report import aligned, clock, count, report_html
+from pascaline.progress import number
+from pascaline.recipe import STAGES
+from pascaline.runs import Metrics, is_complete, write_atomic
+
+LATEST = 20  # steps whose mean is shown: one step is noisy
+MEASURED = ("loss", "reward", "grad_norm", "max_violation", "dead_experts", "tokens_per_s")
+
+
+def standing(out: Path) -> list[dict[str, Any]]:
+    """One object for each training stage that has begun: done, steps, tokens, seconds, the means of the latest steps, and how often the
+    guard gave which answer."""
+    stages = []
+    for i, name in enumerate(STAGES):
+        folder = out / f"{i + 1:02d}-{name}"
+        if rows := Metrics.read(folder / "metrics.jsonl"):
+            told = {"name": name, "done": is_complete(folder), "steps": rows[-1]["step"] + 1, "seconds": rows[-1].get("seconds")}
+            told["tokens"] = sum(row.get("tokens", 0) for row in rows)
+            for key in MEASURED:
+                values = [row[key] for row in rows[-LATEST:] if row.get(key) is not None]
+                told[key] = fmean(values) if values else None
+            stages.append({**told, "guard": dict(Counter(row["guard"] for row in rows if "guard" in row))})
+    return stages
+
+
+def standing_text(stages: list[dict[str, Any]]) -> str:
+    """The same for a terminal, a row a stage."""
+    head = ["stage", "steps", "tokens", "time", *(key.replace("_per_", "/").replace("_", " ") for key in MEASURED), "guard"]
+    rows = [
+        [stage["name"], f"{count(stage['steps'])}{' (all)' if stage['done'] else ''}", count(stage["tokens"]), clock(stage["seconds"])]
+        + ["-" if stage[key] is None else number(stage[key]) for key in MEASURED]
+        + [", ".join(f"{n} {kind}" for kind, n in stage["guard"].items()) or "-"]
+        for stage in stages
+    ]
+    return aligned([head, *rows])
+
+
+def draw(out: Path) -> Path:
+    """Write OUT/report.html with the curves there are; its path."""
+    curves = {name: Metrics.read(out / f"{i + 1:02d}-{name}" / "metrics.jsonl") for i, name in enumerate(STAGES)}
+    write_atomic(out / "report.html", report_html({}, curves))
+    return out / "report.html"
