@@ -83,12 +83,12 @@ class Trainer:
                 self._log(progress)
                 step += 1
                 progress.update(step, **{k: row[k] for k in SHOWN if k in row}, **self.guard.counts)
-                if step == steps or interrupt.requested or step % self.stage.save_every == 0:
+                if self.guard.drifted(self.stage.guard):  # before a save: a resumed run must not miss it
+                    step = self._rewind(step, progress)
+                elif step == steps or interrupt.requested or step % self.stage.save_every == 0:
                     self._save(step, progress, must=step == steps or interrupt.requested)
                 if interrupt.requested and step < steps:
                     raise Stopped(f"stopped after {self.name} step {step} of {steps}")
-                if self.guard.drifted(self.stage.guard):
-                    step = self._rewind(step, progress)
         hf.save(self.folder / "model", self.model.config, self.full_precision(), torch.float32)
         return self.totals
 
@@ -148,7 +148,7 @@ class Trainer:
             )
         row |= {"guard": reason, "skipped": True}
         documents = quarantine.suspects(self.model, batches, source.documents(step + self.guard.shift))
-        Metrics(self.folder / "quarantine.jsonl").append({"step": step, "reason": reason, "documents": documents})
+        quarantine.record(self.folder / "quarantine.jsonl", {"step": step, "reason": reason, "documents": documents})
         progress.note(f"step {step} skipped, {reason} (loss {row['loss']:.3g}, gradient norm {row['grad_norm']:.3g})")
         return True
 

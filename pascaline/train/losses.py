@@ -156,9 +156,9 @@ def sequence_balance(routing: Routing, real_BT: Tensor) -> Tensor:
 
 def router_entropy(routing: Routing, real_BT: Tensor) -> Tensor:
     """Entropy in nats of each token's normalised scores, summed over the tokens that are not padding; log E when it cannot tell."""
-    scores = routing.logits[real_BT.flatten()].sigmoid()
+    scores = routing.logits.sigmoid()
     share = scores / scores.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum()
+    return (torch.special.entr(share).sum(-1) * real_BT.flatten()).sum()  # a mask, not an index: no wait for the device
 
 
 def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float) -> tuple[Tensor, list[Routing]]:

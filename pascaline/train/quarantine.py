@@ -1,11 +1,13 @@
 """Which documents of a bad step are to blame."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pascaline.data.batch import Batch
 from pascaline.model.transformer import Model
+from pascaline.runs import Metrics, plain
 from pascaline.train.losses import token_logprobs
 
 Names = dict[tuple[int, int], dict[str, Any]]  # (row, document id in the row) -> what is known of the document
@@ -27,3 +29,10 @@ def suspects(model: Model, batches: list[Batch], names: list[Names]) -> list[dic
                 found.append({**name, "loss": float(loss[row][inside].mean())})
     found.sort(key=lambda entry: -entry["loss"] if entry["loss"] == entry["loss"] else -torch.inf)
     return found[:MOST]
+
+
+def record(path: Path, entry: dict[str, Any]) -> None:
+    """Append `entry` unless it stands there already, from before a resume."""
+    if plain(entry) not in Metrics.read(path):
+        with Metrics(path) as file:
+            file.append(entry)

@@ -153,6 +153,23 @@ def test_a_poisoned_step_is_skipped_named_and_costs_nothing(clean, tmp_path, cap
     assert losses == sorted(losses, reverse=True)
 
 
+def test_a_step_that_is_replayed_is_quarantined_once(tmp_path):
+    source = poison(120)
+    act = source.act
+
+    def killed(step, batches):
+        if step == 127:
+            raise KeyboardInterrupt
+        return act(step, batches)
+
+    source.act = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, **QUICK).run(source, STEPS, quiet=True)
+    once = (tmp_path / "quarantine.jsonl").read_text()
+    trainer(tmp_path, **QUICK).run(poison(120), STEPS, quiet=True)
+    assert once.count("\n") == 1 and (tmp_path / "quarantine.jsonl").read_text() == once
+
+
 def test_a_single_bad_document_is_the_first_suspect(tmp_path):
     one = trainer(tmp_path, guard=Rule(window=64, sigma=2.0), **QUICK)
     victim = loader().documents(120)[1][1, 0]
@@ -227,6 +244,27 @@ def test_a_rewind_is_resumed_exactly(tmp_path):
             pass
     assert crashed and weights(tmp_path / "crashed") == weights(tmp_path / "straight")
     assert rows(tmp_path / "crashed") == rows(tmp_path / "straight")
+
+
+def test_a_run_killed_just_before_it_rewinds_does_so_at_the_same_step(tmp_path):
+    """Also where every step is saved: what has drifted is no checkpoint."""
+    settings = {**QUICK, "save_every": 1, "keep_last": 60}
+    rule = Rule(patience=12, margin=0.3)
+
+    def run(name):
+        one = trainer(tmp_path / name, guard=rule, **settings)
+        return one, poison(*range(100, 140))
+
+    straight, source = run("straight")
+    straight.run(source, 150, quiet=True)
+    assert straight.guard.counts["rewind"] >= 1
+    killed, source = run("killed")
+    killed._rewind = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(source, 150, quiet=True)
+    again, source = run("killed")
+    again.run(source, 150, quiet=True)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "straight") and rows(tmp_path / "killed") == rows(tmp_path / "straight")
 
 
 def test_rewinds_are_bounded_and_end_in_advice(tmp_path):
