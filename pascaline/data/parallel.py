@@ -4,6 +4,8 @@ Reading, which is ten times as fast, stays in this process. It cuts what it read
 under way, and their results are taken up in the order of reading: memory is bounded however long the corpus is.
 A worker is a fresh Python that loads the filters and no torch. It is started here rather than by `multiprocessing`, whose
 children run the user's script again where it has no `__main__` guard, and outlive a parent that was killed.
+They speak pickle, as those of `multiprocessing` do, through pipes that nobody else has: filters are functions of any module, and
+nothing that came from a file or a user is ever unpickled.
 """
 
 from __future__ import annotations
