@@ -36,7 +36,7 @@ def held_out_loss(model: Model, samples: list[Sample], rows: int = 512) -> float
     for step in range(rows // 64):
         (batch,) = loader.step(step)
         hidden, _ = model.hidden(batch.tokens, batch.positions, batch.document_ids)
-        logprob, _, _ = token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, batch.tokens[:, 1:].flatten())
+        logprob, *_ = token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, batch.tokens[:, 1:].flatten())
         weight = batch.streams["ce"][:, 1:].flatten()
         total, count = total - float((weight * logprob).sum()), count + float(weight.sum())
     return total / count

@@ -49,7 +49,7 @@ def mismatch() -> float:
     ids = torch.tensor([prompt + group[0].token_ids for prompt, group in zip(prompts, outs, strict=True)])
     with torch.no_grad():
         hidden = model.hidden(ids)[0][:, PROMPT - 1 : -1].flatten(0, 1)
-        trained, _, _ = token_logprobs(hidden, model.head_weight, ids[:, PROMPT:].flatten())
+        trained, *_ = token_logprobs(hidden, model.head_weight, ids[:, PROMPT:].flatten())
     sampled = torch.tensor([p for group in outs for p in group[0].logprobs])
     return float((trained - sampled).abs().mean())
 

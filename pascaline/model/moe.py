@@ -1,6 +1,6 @@
 """Sigmoid router with group limits and bias balancing, and the experts behind it (DeepSeek-V3, arXiv 2412.19437 section 2.1.2).
 
-Shapes: n tokens, D hidden, E experts, K experts a token, F expert width, C rows reserved per expert.
+Shapes: n tokens, D hidden, E experts, K experts a token, F expert width.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pascaline.model.config import ModelConfig
+
+SEGMENT = 32  # rows; an expert's share is rounded up to a multiple of it
+FEW = 64  # (token, k) pairs an expert, up to which one batched matmul beats one for each expert
 
 
 class MLP(nn.Module):
@@ -94,7 +97,7 @@ class Experts(nn.Module):
             return self.by_token(x_nD, weight_nK, index_nK)
         if not torch.is_grad_enabled() and n * len(self.gate_up_proj) <= 512:
             return self.by_all(x_nD, weight_nK, index_nK)
-        return self.by_padding(x_nD, weight_nK, index_nK)
+        return self.by_segment(x_nD, weight_nK, index_nK)
 
     def by_loop(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """The reference: one expert after the other."""
@@ -106,24 +109,28 @@ class Experts(nn.Module):
             out = out.index_add(0, token, y * weight_nK[token, slot, None].to(y.dtype))
         return out
 
-    def by_padding(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
-        """Give each expert as many rows as the busiest needs and run all in one batched matmul. Nothing is dropped.
+    def by_segment(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
+        """Each expert's tokens side by side in a segment, one matmul a segment. Nothing is dropped.
 
-        One shape for all experts is what makes CPU matmuls fast: a loop pays for a new shape per expert.
+        A segment is a multiple of SEGMENT rows: a CPU matmul is prepared anew for every shape it has not seen. FEW tokens an expert
+        get segments as long as the longest, for one batched matmul.
         """
         E, (n, K) = len(self.gate_up_proj), index_nK.shape
         flat = index_nK.flatten()
         load_E = torch.bincount(flat, minlength=E)
-        rows = -(-int(load_E.max()) // 16) * 16
+        rows_E = (load_E + SEGMENT - 1) // SEGMENT * SEGMENT
+        if n * K <= FEW * E:
+            rows_E = rows_E.max().expand(E)
         order = flat.argsort(stable=True)
-        start = load_E.cumsum(0) - load_E
         sorted_expert = flat[order]
-        slot_sorted = sorted_expert * rows + torch.arange(n * K, device=flat.device) - start[sorted_expert]
+        before_E = (rows_E - load_E).cumsum(0) - (rows_E - load_E)  # unused rows in front of each expert's
+        slot_sorted = torch.arange(n * K, device=flat.device) + before_E[sorted_expert]
         slot = torch.empty_like(order).scatter_(0, order, slot_sorted)  # (token, k) -> row
-        source = torch.full((E * rows,), n * K, device=flat.device).scatter_(0, slot, torch.arange(n * K, device=flat.device))
-        spread = _Spread.apply(x_nD, source, slot, K).view(E, rows, -1)
-        gate, up = torch.bmm(spread, self.gate_up_proj.transpose(1, 2)).chunk(2, -1)
-        y = torch.bmm(F.silu(gate) * up, self.down_proj.transpose(1, 2)).flatten(0, 1)
+        source = torch.full((int(rows_E.sum()),), -1, device=flat.device).scatter_(0, slot_sorted, order)  # row -> (token, k), or -1
+        rows = rows_E.tolist()
+        spread = _Spread.apply(x_nD, source, slot, K)
+        gate, up = _Segments.apply(spread, self.gate_up_proj, rows).chunk(2, -1)
+        y = _Segments.apply(F.silu(gate) * up, self.down_proj, rows)
         return (_Collect.apply(y, source, slot).view(n, K, -1) * weight_nK.unsqueeze(-1).to(y.dtype)).sum(1)
 
     def by_all(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
@@ -156,15 +163,40 @@ class Experts(nn.Module):
         return torch.zeros_like(x_nD).index_add(0, order // K, y)
 
 
+class _Segments(torch.autograd.Function):
+    """Segment e of the rows times weight[e]^T."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_EFD: Tensor, rows: list[int]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight_EFD)
+        ctx.rows = rows
+        if len(set(rows)) == 1:
+            return torch.bmm(x.view(len(rows), rows[0], -1), weight_EFD.transpose(1, 2)).flatten(0, 1)
+        y = x.new_empty(len(x), weight_EFD.shape[1])
+        for own, out, weight in zip(x.split(rows), y.split(rows), weight_EFD, strict=True):
+            torch.mm(own, weight.t(), out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, weight_EFD = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight_EFD)
+        parts = (tensor.split(ctx.rows) for tensor in (grad, x, grad_x))
+        for own, inner, out, weight, slope in zip(*parts, weight_EFD, grad_weight, strict=True):
+            torch.mm(own, weight, out=out)
+            torch.mm(own.t(), inner, out=slope)
+        return grad_x, grad_weight, None
+
+
 class _Spread(torch.autograd.Function):
-    """Tokens to their experts' rows. Its backward is a gather too, because (token, k) <-> row is one to one; PyTorch's own
-    backward of indexing is a scatter-add, several times slower on the CPU."""
+    """Tokens to their experts' rows; rows without one get any. Its backward is a gather too, because (token, k) <-> row is one to one;
+    PyTorch's own backward of indexing is a scatter-add, several times slower on the CPU."""
 
     @staticmethod
     def forward(ctx, x_nD: Tensor, source: Tensor, slot: Tensor, K: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(slot)
         ctx.shape = (len(x_nD), K)
-        return torch.cat((x_nD, x_nD.new_zeros(1, x_nD.shape[1]))).index_select(0, source // K)
+        return x_nD.index_select(0, (source // K).clamp_(min=0))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
@@ -183,7 +215,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         (source,) = ctx.saved_tensors
-        return torch.cat((grad, grad.new_zeros(1, grad.shape[1]))).index_select(0, source), None, None
+        return grad.index_select(0, source.clamp(min=0)).index_fill_(0, (source < 0).nonzero().squeeze(1), 0.0), None, None
 
 
 class MoE(nn.Module):

@@ -3,11 +3,10 @@
 Shapes: B rows, T tokens, m tokens that carry any weight.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pascaline.data.batch import Batch
@@ -51,7 +50,8 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     weights = {n: batch.streams[n][:, 1:].flatten() for n in WEIGHTS if total.get(n) and n in batch.streams}
     keep = torch.stack(list(weights.values())).ne(0).any(0).nonzero().squeeze(1)
     target = batch.tokens[:, 1:].flatten()[keep]
-    logprob, entropy, log_z = token_logprobs(hidden[:, :-1].flatten(0, 1).index_select(0, keep), model.head_weight, target)
+    kept = hidden[:, :-1].flatten(0, 1).index_select(0, keep)
+    logprob, log_z, entropy = token_logprobs(kept, model.head_weight, target, with_entropy="rl" in weights)
 
     def stream(name: str) -> Tensor:
         return batch.streams[name][:, 1:].flatten()[keep]
@@ -80,7 +80,7 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     if routings:
         with torch.no_grad():
             logs["router_entropy"] = torch.stack([router_entropy(routing, real) for routing in routings]) / total["tokens"]
-    if "rl" in weights:
+    if entropy is not None:
         with torch.no_grad():
             share = w / total["rl"]
             logs |= {"entropy": (share * entropy).sum(), "clipped": (share * clipped).sum(),
@@ -91,40 +91,58 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_mD: Tensor, weight_VD: Tensor, target_m: Tensor):  # type: ignore[no-untyped-def]
-        logprobs, entropies, partitions = [], [], []
-        for part in range(0, max(len(hidden_mD), 1), CHUNK):  # also a micro-batch of which no token counts
-            logits, target = F.linear(hidden_mD[part : part + CHUNK], weight_VD).float(), target_m[part : part + CHUNK, None]
-            log_p = logits.log_softmax(-1)
-            logprobs.append(log_p.gather(1, target).squeeze(1))
-            partitions.append(logits.gather(1, target).squeeze(1) - logprobs[-1])
-            entropies.append(-(log_p.exp() * log_p).sum(-1))
+    def forward(ctx, hidden_mD: Tensor, weight_VD: Tensor, target_m: Tensor, with_entropy: bool):  # type: ignore[no-untyped-def]
+        logprob, log_z = (torch.empty(len(hidden_mD), device=hidden_mD.device) for _ in range(2))
+        entropy = torch.empty_like(log_z) if with_entropy else None
+        for span, logits in _logits(hidden_mD, weight_VD):
+            target = logits.gather(1, target_m[span, None]).squeeze(1)
+            if entropy is not None:
+                mean = (logits.softmax(-1) * logits).sum(-1)
+            largest = logits.amax(-1, keepdim=True)
+            log_z[span] = logits.sub_(largest).exp_().sum(-1).log_() + largest.squeeze(1)
+            logprob[span] = target - log_z[span]
+            if entropy is not None:
+                entropy[span] = log_z[span] - mean
         ctx.save_for_backward(hidden_mD, weight_VD, target_m)
-        entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy, torch.cat(partitions)
+        if entropy is not None:
+            ctx.mark_non_differentiable(entropy)
+        return logprob, log_z, entropy
 
     @staticmethod
-    def backward(ctx, grad_m: Tensor, _: Tensor, grad_z_m: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_m: Tensor, grad_z_m: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
         hidden_mD, weight_VD, target_m = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden_mD), torch.zeros(weight_VD.shape, device=weight_VD.device)
-        for part in range(0, len(hidden_mD), CHUNK):
-            span = slice(part, part + CHUNK)
+        for span, logits in _logits(hidden_mD, weight_VD):
             # d(logprob)/d(logits) = onehot - p, d(log_z)/d(logits) = p
-            slope = F.linear(hidden_mD[span], weight_VD).float().softmax(-1).mul_((grad_z_m - grad_m)[span, None])
+            p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+            slope = p.mul_(((grad_z_m - grad_m)[span] / p.sum(-1)).unsqueeze(1))
             slope = slope.scatter_add_(1, target_m[span, None], grad_m[span, None]).to(hidden_mD.dtype)
             torch.mm(slope, weight_VD, out=grad_hidden[span])
             grad_weight += slope.t() @ hidden_mD[span]
-        return grad_hidden, grad_weight.to(weight_VD.dtype), None
+        return grad_hidden, grad_weight.to(weight_VD.dtype), None, None
 
 
-def token_logprobs(hidden_mD: Tensor, weight_VD: Tensor, target_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each target under the head, the entropy there (no gradient), and log sum exp of the logits; each [m] float32.
+def _logits(hidden_mD: Tensor, weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some tokens, and their logits in float32: the same memory each time, for on the CPU fresh memory costs as much as arithmetic."""
+    m, V = len(hidden_mD), len(weight_VD)
+    tokens = max(min(CHUNK, m), 1)  # also a micro-batch of which no token counts
+    narrow, wide = hidden_mD.new_empty(tokens, V), torch.empty(tokens, V, device=hidden_mD.device)
+    for at in range(0, m, tokens):
+        part = hidden_mD[at : at + tokens]
+        logits = torch.mm(part, weight_VD.t(), out=narrow[: len(part)])
+        yield slice(at, at + len(part)), logits if logits.dtype == torch.float32 else wide[: len(part)].copy_(logits)
+
+
+def token_logprobs(
+    hidden_mD: Tensor, weight_VD: Tensor, target_m: Tensor, with_entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probability of each target under the head, log sum exp of the logits there, and if asked the entropy (no gradient); each [m]
+    float32.
 
     Logits exist for CHUNK tokens at a time and are computed again in the backward: a third more arithmetic in the head, but
     [m, V] is never held, and on the CPU the chunk stays in the cache. One-layer reference: F.cross_entropy (parity: tests).
     """
-    return _TokenLogprobs.apply(hidden_mD, weight_VD, target_m)
+    return _TokenLogprobs.apply(hidden_mD, weight_VD, target_m, with_entropy)
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, rule: Loss) -> tuple[Tensor, Tensor]:
@@ -168,7 +186,7 @@ def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float) -> tuple[Tens
         ahead = 1 + k
         same = batch.document_ids[:, ahead:] == batch.document_ids[:, :-ahead]
         weight = (batch.streams["ce"][:, ahead:] * same).flatten()
-        logprob, _, _ = token_logprobs(states[:, :-ahead].flatten(0, 1), model.head_weight, batch.tokens[:, ahead:].flatten())
+        logprob, *_ = token_logprobs(states[:, :-ahead].flatten(0, 1), model.head_weight, batch.tokens[:, ahead:].flatten())
         losses.append(-(weight * logprob).sum() / total)
         if routing is not None:
             routings.append(routing)

@@ -21,7 +21,7 @@ def suspects(model: Model, batches: list[Batch], names: list[Names]) -> list[dic
     for batch, known in zip(batches, names, strict=False):
         batch = batch.to(model.device)
         hidden, _ = model.hidden(batch.tokens, batch.positions, batch.document_ids)
-        logprob, _, _ = token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, batch.tokens[:, 1:].flatten())
+        logprob, *_ = token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, batch.tokens[:, 1:].flatten())
         loss = -logprob.view(len(batch.tokens), -1)
         for (row, document), name in known.items():
             inside = (batch.document_ids[row, 1:] == document) & (batch.positions[row, 1:] > 0)

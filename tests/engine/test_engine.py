@@ -69,7 +69,7 @@ def test_logprobs_are_the_trainers(kind, temperature, top_p):
     mismatch = 0.0
     for batch in packed:
         hidden, _ = model.hidden(batch.tokens, batch.positions, batch.document_ids)
-        logprob, _, _ = losses.token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, batch.tokens[:, 1:].flatten())
+        logprob, *_ = losses.token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, batch.tokens[:, 1:].flatten())
         difference = (logprob.view(len(batch.tokens), -1) - batch.streams["old_logprob"][:, 1:]) * batch.streams["rl"][:, 1:]
         worst = max(worst, float(difference.detach().abs().max()))
         _, logs, _ = losses.compute(model, batch, total, losses.Loss())

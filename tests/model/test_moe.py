@@ -75,7 +75,7 @@ def test_padding_passes_gradcheck():
     index = routing("one gets all", 9)
     x = randn(9, D).double().requires_grad_()
     weight = randn(9, K, seed=1).sigmoid().double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: layer.by_padding(a, b, index), (x, weight), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda a, b: layer.by_segment(a, b, index), (x, weight), fast_mode=True)
 
 
 @pytest.mark.parametrize("n", [3, 40])

@@ -37,7 +37,7 @@ def test_token_logprobs_are_cross_entropy(m, chunk, monkeypatch):
         return logprob.detach(), hidden.grad, weight.grad
 
     def z(h, w):
-        logprob, _, log_z = token_logprobs(h, w, target)
+        logprob, log_z, _ = token_logprobs(h, w, target)
         return logprob + 0.3 * log_z.square()
 
     plain = {
@@ -53,7 +53,7 @@ def test_token_logprobs_are_cross_entropy(m, chunk, monkeypatch):
 def test_entropy_is_that_of_the_distribution_and_has_no_gradient(chunk, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", chunk)
     hidden, weight = randn(10, 24).requires_grad_(), randn(61, 24, seed=2)
-    logprob, entropy, _ = token_logprobs(hidden, weight, torch.zeros(10, dtype=torch.long))
+    logprob, _, entropy = token_logprobs(hidden, weight, torch.zeros(10, dtype=torch.long), with_entropy=True)
     expected = torch.distributions.Categorical(logits=F.linear(hidden, weight)).entropy()
     assert relative_error(entropy, expected) < 1e-5
     assert logprob.requires_grad and not entropy.requires_grad
@@ -62,7 +62,7 @@ def test_entropy_is_that_of_the_distribution_and_has_no_gradient(chunk, monkeypa
 def test_token_logprobs_in_bf16_are_float32_and_near():
     hidden, weight = randn(40, 24).bfloat16(), randn(61, 24, seed=2).bfloat16()
     target = torch.arange(40)
-    logprob, entropy, _ = token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), target)
+    logprob, _, entropy = token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), target, with_entropy=True)
     assert logprob.dtype == entropy.dtype == torch.float32
     logprob.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
