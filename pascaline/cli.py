@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Build corpora.", no_args_is_help=True)
 app.add_typer(data, name="data")
+RANK = int(os.environ.get("RANK", "0"))  # of torchrun's processes
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
 
 
@@ -44,6 +45,8 @@ def run(
     report = run_chain(recipe, out, dict(read_setting(s) for s in set or []), stage, fresh, quiet=as_json)
     if as_json:
         print(json.dumps(report))
+    elif not report and RANK:
+        return  # the first rank speaks
     elif not report:
         print(f"{out}: stage {stage} is done. Run the same command without --stage to go on.")
     else:
@@ -196,7 +199,7 @@ def main() -> NoReturn:
     except BadInput as e:
         _stop(2, str(e))
     except Stopped as e:
-        _stop(130, f"{e}; run the same command to go on.")
+        _stop(0 if e.polite else 130, f"{e}; run the same command to go on.")
     except Exception as e:
         from pascaline.runs import disk_full
 
@@ -210,5 +213,5 @@ def main() -> NoReturn:
 
 
 def _stop(code: int, message: str) -> NoReturn:
-    print(f"pascaline: {message}", file=sys.stderr)
+    print(f"pascaline{f' (rank {RANK})' if RANK else ''}: {message}", file=sys.stderr)
     sys.exit(code)

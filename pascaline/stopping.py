@@ -9,7 +9,11 @@ from typing import Any, Self
 
 
 class Stopped(Exception):
-    """The user asked to stop; everything up to a step is saved."""
+    """The user asked to stop; everything up to a step is saved. polite: by SIGTERM, as a scheduler does, and not by Ctrl-C."""
+
+    def __init__(self, message: str, polite: bool = False):
+        super().__init__(message)
+        self.polite = polite
 
 
 class Interrupt:
@@ -21,6 +25,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
+        self.polite = False
         self._since = 0.0
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
@@ -37,14 +42,18 @@ class Interrupt:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
-    def request(self) -> None:
+    def request(self, polite: bool = False) -> None:
         """Ask the loop, and those around it, to stop at the next border."""
         if not self.requested:
-            self.requested, self._since = True, time.monotonic()
+            self.requested, self.polite, self._since = True, polite, time.monotonic()
         for handler in self._before.values():
             outer = getattr(handler, "__self__", None)
             if isinstance(outer, Interrupt):
-                outer.request()
+                outer.request(polite)
+
+    def stopped(self, message: str) -> Stopped:
+        """What a loop raises that has found the request."""
+        return Stopped(message, self.polite)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a forked worker polls nothing; let the signal end it as it would have
@@ -56,4 +65,4 @@ class Interrupt:
             raise KeyboardInterrupt
         if not self.requested and os.isatty(2):
             os.write(2, b"\nstopping at the next step; Ctrl-C again stops at once\n")  # print is not safe in a handler
-        self.request()
+        self.request(polite=number == signal.SIGTERM)

@@ -34,6 +34,11 @@ class Batch:
     document_ids: "Tensor"  # [B, T] int64, -1 for padding
     streams: dict[str, "Tensor"] = field(default_factory=dict)  # each [B, T] float32
 
+    def weight(self, name: str) -> "Tensor":
+        """The stream's weights of the targets, the tokens but each row's first: [B * (T - 1)], zeros where the batch has none."""
+        stream = self.streams[name] if name in self.streams else self.tokens.new_zeros(self.tokens.shape).float()
+        return stream[:, 1:].flatten()
+
     def to(self, device: "device") -> "Batch":
         moved = {name: stream.to(device) for name, stream in self.streams.items()}
         return Batch(self.tokens.to(device), self.positions.to(device), self.document_ids.to(device), moved)

@@ -70,15 +70,30 @@ class Loader:
 
     row: tokens a row; rows: rows an optimizer step, after the steps of `ramp`, which have so many each; micro: rows a micro-batch.
     Row g of the run is the same whatever the number of ranks, the size of a micro-batch or of a step.
+
+    rank, ranks: this process's share of each step's rows. All shares have as many rows and micro-batches, the last ones perhaps
+    empty, because the ranks compute together.
     """
 
-    def __init__(self, samples: Samples, row: int, rows: int, micro: int, pad: int, seed: int, ramp: Sequence[int] = ()):
+    def __init__(
+        self,
+        samples: Samples,
+        row: int,
+        rows: int,
+        micro: int,
+        pad: int,
+        seed: int,
+        ramp: Sequence[int] = (),
+        rank: int = 0,
+        ranks: int = 1,
+    ):
         if not len(samples.lengths):
             raise BadInput("there is nothing to train on: the corpus holds no document.")
         if int(samples.lengths.max()) > row:
             raise BadInput(f"a sample of {int(samples.lengths.max())} tokens does not fit sequence_length {row}.")
         self.facts: dict[str, float] = {}
         self.samples, self.row, self.rows, self.micro, self.pad, self.seed = samples, row, rows, micro, pad, seed
+        self.rank, self.ranks = rank, ranks
         self.step_tokens = rows * row
         self.starts = [0, *accumulate(ramp)]  # of the ramp's steps, and where it ends: row numbers
         self.epoch_rows = lru_cache(maxsize=2)(self._epoch_rows)
@@ -101,7 +116,7 @@ class Loader:
         return self.epoch_rows(epoch)[index].tolist()
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of optimizer step `step` (from 0)."""
+        """This rank's micro-batches of optimizer step `step` (from 0)."""
         rows = [[self.samples.get(i) for i in row] for row in self._rows(step)]
         return [collate(rows[i : i + self.micro], self.row, self.pad) for i in range(0, len(rows), self.micro)]
 
@@ -114,8 +129,11 @@ class Loader:
         ]
 
     def _rows(self, step: int) -> list[list[int]]:
-        """The samples of each row of a step."""
-        return [self._row(g) for g in range(self._start(step), self._start(step + 1))]
+        """The samples of each of this rank's rows of a step."""
+        start, stop = self._start(step), self._start(step + 1)
+        each = -(-(stop - start) // self.ranks)
+        first = start + self.rank * each
+        return [self._row(g) if g < stop else [] for g in range(first, first + each)]
 
     def _start(self, step: int) -> int:
         past = step - (len(self.starts) - 1)

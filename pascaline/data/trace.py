@@ -23,7 +23,7 @@ import numpy as np
 from pascaline.data.shards import Corpus
 from pascaline.errors import BadInput
 from pascaline.progress import Progress
-from pascaline.stopping import Interrupt, Stopped
+from pascaline.stopping import Interrupt
 from pascaline.tokenizer import Tokenizer
 
 SHARDS, TEXTS = Path("02-tokenizer", "shards"), Path("01-corpus", "documents.jsonl")  # in a run
@@ -187,7 +187,7 @@ def trace(model: Path, text: str, limit: int = 10, least: int = 8, quiet: bool =
         def tell(done: int) -> None:
             progress.update(done)
             if stop.requested:
-                raise Stopped("stopped while reading the token shards")
+                raise stop.stopped("stopped while reading the token shards")
 
         found = spans(ids, corpus, least, tell)
     covered = _united(found)

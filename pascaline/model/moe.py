@@ -36,8 +36,8 @@ class Routing(NamedTuple):
 
     def load(self, real: Tensor | None = None) -> Tensor:
         """How many (token, k) pairs each expert got, [E]; only tokens where `real` (n of them) holds count."""
-        index = self.chosen if real is None else self.chosen[real.flatten()]
-        return torch.bincount(index.flatten(), minlength=self.logits.shape[-1])
+        one = torch.ones_like(self.chosen) if real is None else real.view(-1, 1).long().expand_as(self.chosen)
+        return one.new_zeros(self.logits.shape[-1]).scatter_add_(0, self.chosen.flatten(), one.flatten())  # no wait for the device
 
 
 class Router(nn.Module):
@@ -69,14 +69,14 @@ class Router(nn.Module):
         return weight_nK * c.routed_scaling_factor, Routing(logits_nE, index_nK)
 
     @torch.no_grad()
-    def balance(self, load_E: Tensor, rate: float) -> None:
+    def balance(self, load_E: Tensor, rate: float | Tensor) -> None:
         """b += rate * sign(mean(load) - load), then centred, so that overloaded experts are chosen less (arXiv 2408.15664).
 
-        load_E: tokens routed to each expert over a whole optimizer step, all micro-batches and ranks.
+        load_E: tokens routed to each expert over a whole optimizer step, all micro-batches and ranks. A rate of 0 changes nothing.
         """
         load = load_E.float()
-        self.e_score_correction_bias += rate * torch.sign(load.mean() - load)
-        self.e_score_correction_bias -= self.e_score_correction_bias.mean()
+        push = rate * torch.sign(load.mean() - load)
+        self.e_score_correction_bias += push - push.mean()
 
 
 class Experts(nn.Module):
@@ -154,8 +154,9 @@ class Experts(nn.Module):
     def by_grouped_mm(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """Sorted tokens through PyTorch's grouped matmul: no padding; the path for CUDA."""
         K = index_nK.shape[1]
-        order = index_nK.flatten().argsort(stable=True)
-        load_E = torch.bincount(index_nK.flatten(), minlength=len(self.gate_up_proj))
+        flat = index_nK.flatten()
+        order = flat.argsort(stable=True)
+        load_E = torch.zeros_like(flat[:1]).expand(len(self.gate_up_proj)).scatter_add(0, flat, torch.ones_like(flat))
         ends = load_E.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(x_nD[order // K], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
         y = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)

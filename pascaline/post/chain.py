@@ -1,5 +1,6 @@
 """A chain of stages in one folder. Each stage is done once; whatever stops the chain, the same command goes on with it."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -31,6 +32,8 @@ def run(
     parsed, out = load(recipe, overrides), Path(out)
     if stage is not None and stage not in STAGES:
         raise BadInput(f"there is no stage '{stage}', only {', '.join(STAGES)}{nearest(stage, STAGES) or '.'}")
+    if int(os.environ.get("RANK", "0")):
+        return _follow(parsed, out)
     _refuse_foreign(out)
     if fresh or not _begun(out):
         check(parsed)
@@ -40,6 +43,7 @@ def run(
             _set_aside(out)
         parsed = _settle(parsed, out)
         if finished(out) and (report := read_json(out / "report.json")):
+            _ranks(parsed).tell()
             return report
         return _run(parsed, out, stage, quiet)
 
@@ -57,20 +61,45 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
     device = choose(recipe.device)
     dtype = best_dtype(device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     recipe = recipe.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    current = stages.Run(recipe, out, device, dtype, quiet)
+    ranks = _ranks(recipe)
+    current = stages.Run(recipe, out, device, dtype, quiet, ranks)
     _write_recipe(recipe, out)
     work = {**{name: getattr(stages, name) for name in STAGES[:-1]}, "eval": evaluation.evaluate}
     for name in STAGES:
         if not is_complete(current.folder(name)):
             current.folder(name).mkdir(parents=True, exist_ok=True)
             began = time.perf_counter()
+            if name in stages.TOGETHER:
+                ranks.tell((recipe, name))
             summary = work[name](current)
             summary.setdefault("seconds", time.perf_counter() - began)
             stages.record(current, name, summary)
             complete(current.folder(name), summary)
         if name == until != STAGES[-1]:
-            return {}
-    return _finish(current)
+            break
+    ranks.tell()
+    return {} if until not in (None, STAGES[-1]) else _finish(current)
+
+
+def _ranks(recipe: Recipe) -> Any:
+    """The processes that torchrun started, if it did."""
+    from pascaline.train import parallel
+
+    return parallel.start(choose(recipe.device))
+
+
+def _follow(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """What the ranks after the first do: wait for it, and train with it. They write nothing and say nothing."""
+    import torch
+
+    from pascaline.post import stages
+
+    ranks = _ranks(recipe)
+    while (told := ranks.tell()) is not None:
+        recipe, name = told
+        current = stages.Run(recipe, out, choose(recipe.device), getattr(torch, recipe.dtype), quiet=True, ranks=ranks)
+        getattr(stages, name)(current)
+    return {}
 
 
 def _finish(current: Any) -> dict[str, Any]:

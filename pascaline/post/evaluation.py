@@ -13,7 +13,7 @@ from pascaline.post.stages import PLAIN_ANSWER, Run
 from pascaline.post.verifiers import verdict
 from pascaline.recipe import STAGES
 from pascaline.runs import machine, read_json, versions, write_json
-from pascaline.stopping import Interrupt, Stopped
+from pascaline.stopping import Interrupt
 from pascaline.train.loop import active_parameters
 
 VOTES = (1, 2, 4, 8, 16, 32)
@@ -66,7 +66,7 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
             flops += found["flops"]
             progress.update(i + 1, part=name, accuracy=found.get("accuracy"))
             if interrupt.requested:
-                raise Stopped(f"stopped after part {i + 1} of {len(pieces)} of the evaluation")
+                raise interrupt.stopped(f"stopped after part {i + 1} of {len(pieces)} of the evaluation")
     return {"flops": flops}
 
 

@@ -30,12 +30,14 @@ from pascaline.post.sft import puzzle_samples
 from pascaline.progress import Progress
 from pascaline.recipe import STAGES, Pretrain, Recipe, Sft, Stage
 from pascaline.runs import atomic_path, lineage, write_atomic
-from pascaline.stopping import Interrupt, Stopped
+from pascaline.stopping import Interrupt
 from pascaline.tokenizer import Tokenizer
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
+from pascaline.train.parallel import ALONE, Ranks
 from pascaline.train.schedule import ramp
 
+TOGETHER = ("pretrain", "sft")  # stages that all ranks work at; the leader does the others alone
 TOKENIZER_BYTES = 8_000_000  # of text to learn merges from; more changes little
 BATCH = 1000  # documents encoded at once
 
@@ -49,6 +51,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     quiet: bool = False
+    ranks: Ranks = ALONE
 
     def folder(self, stage: str) -> Path:
         return self.out / f"{STAGES.index(stage) + 1:02d}-{stage}"
@@ -85,7 +88,7 @@ def corpus(run: Run) -> dict[str, Any]:
             seen += read
             progress.update(seen, kept=kept.total(), docs_per_s=seen / max(time.monotonic() - began, 1e-9))
             if interrupt.requested:
-                raise Stopped("stopped while gathering the corpus")
+                raise interrupt.stopped("stopped while gathering the corpus")
 
         for text, source, name in _texts(recipe, exclude, scratch, watch, shares):
             kept[source] += 1
@@ -175,7 +178,7 @@ def tokenizer(run: Run) -> dict[str, Any]:
                 batch = []
                 progress.update(documents.total(), tokens=writer.tokens)
                 if interrupt.requested:
-                    raise Stopped("stopped while encoding the corpus")
+                    raise interrupt.stopped("stopped while encoding the corpus")
         flush()
         progress.update(documents.total(), tokens=writer.tokens)
     write_atomic(folder / "shards" / "card.md", token_card(run.recipe.corpus, documents, tokens))
@@ -208,7 +211,7 @@ def sft(run: Run) -> dict[str, Any]:
 
 
 def rl(run: Run) -> dict[str, Any]:
-    """GRPO on puzzles, rollouts from the engine on the weights being trained."""
+    """GRPO on puzzles, rollouts from the engine on the weights being trained; by one rank."""
     stage = run.recipe.rl
     model = hf.load(run.folder("sft") / "model", device=run.device)
     # The engine holds the same module object as the trainer, so it samples from the newest weights.
@@ -218,8 +221,8 @@ def rl(run: Run) -> dict[str, Any]:
 
 def _loader(run: Run, stage: Pretrain | Sft, samples: Samples, row: int, plan: Sequence[int] = ()) -> Loader:
     rows = max(stage.tokens_per_step // row, 1)
-    micro = max(stage.micro_tokens // row, 1)
-    return Loader(samples, row, rows, min(micro, rows), run.tokenizer().pad, run.recipe.seed, plan)
+    micro = min(max(stage.micro_tokens // row, 1), -(-rows // run.ranks.size))
+    return Loader(samples, row, rows, micro, run.tokenizer().pad, run.recipe.seed, plan, run.ranks.rank, run.ranks.size)
 
 
 def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[str, Any]:
@@ -227,9 +230,10 @@ def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[s
     rule = Loss(mtp=stage.mtp if model.config.num_nextn_predict_layers else 0.0, balance=stage.sequence_balance, z=stage.z_loss)
     if name == "rl":
         rule = replace(rule, mtp=0.0, clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
-    trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype)
+    trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype, run.ranks if name in TOGETHER else ALONE)
     totals = trainer.run(source, steps, quiet=run.quiet)
-    run.tokenizer().save(run.folder(name) / "model")
+    if run.ranks.leader:
+        run.tokenizer().save(run.folder(name) / "model")
     return {"steps": steps, "tokens": totals.tokens, "seconds": totals.seconds, "flops": totals.flops}
 
 
@@ -238,4 +242,5 @@ def record(run: Run, name: str, summary: dict[str, Any]) -> None:
     before = STAGES[: STAGES.index(name)]
     parents = [run.folder(before[-1])] if before else []
     lineage(run.folder(name), parents=parents, seed=run.recipe.seed, seconds=summary.get("seconds"), flops=summary.get("flops"),
-            accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype), stage=name)  # fmt: skip
+            devices=run.ranks.size, accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype),
+            stage=name)  # fmt: skip

@@ -1,12 +1,15 @@
 """Watches a training run for what kills it in the night, and says what to do about it. docs/stability.md tells why these rules.
 
-Nothing here touches a tensor: the loop gives two numbers a step and carries out the answer, so the state is plain and resumes exactly.
+The loop gives two numbers a step and carries out the answer, so the state is plain and resumes exactly.
+The device itself holds a step against the limits (`within`), so that a bad one changes nothing although the host hears of it later.
 """
 
 import math
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
+
+from torch import Tensor
 
 from pascaline.recipe import Guard as Rule
 
@@ -30,15 +33,20 @@ class Guard:
     shift: int = 0  # steps of data left out by rewinds: step i trains on the data of i + shift
     slower: float = 1.0  # factor on the learning rate
 
-    def judge(self, rule: Rule, loss: float | None, norm: float) -> str:
-        """Why this step's update must not be made, or "". loss: None where it says nothing of the model's health (rl)."""
+    def limits(self, rule: Rule) -> tuple[float, float]:
+        """Above which loss and which norm a step is a spike, from the steps judged so far."""
+        return limit(self.losses, rule.sigma), limit(self.norms, rule.sigma)
+
+    def judge(self, rule: Rule, loss: float | None, norm: float, limits: tuple[float, float] | None = None) -> str:
+        """Why this step's update must not be made, or "". loss: None where it says nothing of the model's health (rl); limits: those
+        that it was held against when it ran, if that was before the last step was judged."""
         if not math.isfinite(norm) or (loss is not None and not math.isfinite(loss)):
             self.in_row += 1
             return self.count("non-finite")
         self.in_row = 0
         self.since_best += 1
-        high_loss = loss is not None and loss > limit(self.losses, rule.sigma)
-        high_norm = norm > limit(self.norms, rule.sigma)
+        most_loss, most_norm = limits or self.limits(rule)
+        high_loss, high_norm = loss is not None and loss > most_loss, norm > most_norm
         # Spikes stand in the window too: rare they do not move its limit, and when they are the new level it lets them pass.
         self.norms = [*self.norms, norm][-rule.window :]
         if loss is not None:
@@ -79,6 +87,12 @@ class Guard:
     @classmethod
     def of(cls, facts: dict[str, Any]) -> "Guard":
         return cls(**{**facts, "best": math.inf if facts["best"] is None else facts["best"]})
+
+
+def within(limits: tuple[float, float], loss: Tensor | None, whole: Tensor, norm: Tensor) -> Tensor:
+    """Whether a step may change the weights, as a bool on its device: what `judge` says "" to. whole: all parts of the loss together."""
+    fine = whole.isfinite() & norm.isfinite() & (norm.double() <= limits[1])
+    return fine if loss is None else fine & loss.isfinite() & (loss.double() <= limits[0])
 
 
 def limit(window: list[float], sigma: float) -> float:

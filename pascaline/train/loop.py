@@ -6,8 +6,9 @@ its last checkpoint ends with the same bits.
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +23,11 @@ from pascaline.model.transformer import Model
 from pascaline.progress import Progress
 from pascaline.recipe import Stage
 from pascaline.runs import Metrics, disk_full
-from pascaline.stopping import Interrupt, Stopped
-from pascaline.train import checkpoint, losses, quarantine, schedule
-from pascaline.train.guard import Guard
+from pascaline.stopping import Interrupt
+from pascaline.train import checkpoint, losses, parallel, quarantine, schedule
+from pascaline.train.guard import Guard, within
 from pascaline.train.optim import Optimizer
+from pascaline.train.parallel import ALONE, Ranks
 from pascaline.train.qkclip import QKClip
 
 SHOWN = ("reward", "accuracy", "response_tokens", "loss", "grad_norm", "max_violation", "tokens_per_s")
@@ -51,112 +53,187 @@ class Totals:
     flops: float = 0.0
 
 
-class Trainer:
-    """Trains `model` for `steps` optimizer steps in `folder`; the finished weights go to folder/model in float32."""
+@dataclass
+class Launched:
+    """A step that the device may still be at. row: what is known of it already; names and values: the rest, on its way to the host."""
 
-    def __init__(self, model: Model, stage: Stage, rule: losses.Loss, folder: Path, name: str, dtype: torch.dtype):
-        self.model, self.stage, self.rule, self.folder, self.name = model, stage, rule, folder, name
+    step: int
+    began: float
+    row: dict[str, Any]
+    batches: list[Batch]
+    limits: tuple[float, float]
+    names: dict[str, torch.Size]
+    values: Tensor
+    arrived: torch.Event | None
+
+
+class Trainer:
+    """Trains `model` for `steps` optimizer steps in `folder`; the finished weights go to folder/model in float32.
+
+    On several `ranks` each has a trainer with the same model, and a source that gives its share of each step's batches.
+    """
+
+    def __init__(self, model: Model, stage: Stage, rule: losses.Loss, folder: Path, name: str, dtype: torch.dtype, ranks: Ranks = ALONE):
+        self.model, self.stage, self.rule, self.folder, self.name, self.ranks = model, stage, rule, folder, name, ranks
         self.model.activation_checkpointing = stage.activation_checkpointing
-        self.optimizer = Optimizer(model, stage, dtype)
+        self.flops_per_token = 6.0 * active_parameters(model)
+        # Runs a function of the model where its weights are whole.
+        self.on_model = partial(_call, model) if ranks.size == 1 else parallel.shard(model, dtype, ranks)
+        self.optimizer = Optimizer(model, stage, dtype, ranks)
         self.clipping = QKClip(model, self.optimizer, stage.qk_clip)
         self.routers = model.routers()
-        self.flops_per_token = 6.0 * active_parameters(model)
         self.totals = Totals()
         self.guard = Guard()
+        self.saver = checkpoint.Saver(folder, stage.keep_last, stage.keep_every, ranks)
         self.metrics = Metrics(folder / "metrics.jsonl")
         self.rows: list[dict[str, Any]] = []  # that still have to go there: a full disk may get room again
+        self.launched: list[Launched] = []
+        self.settled = 0.0  # when the last one was
+        self.lag = 0 if model.device.type == "cpu" else 1  # steps that run ahead of what the host knows
 
     def run(self, source: Source, steps: int, quiet: bool = False) -> Totals:
         """Resume if there is a checkpoint, train to the end, write folder/model.
 
         Raises Stopped on SIGINT or SIGTERM once the step in progress is saved, BadInput if the guard gives up.
         """
-        with self.metrics, Interrupt() as interrupt, Progress(self.name, steps, enabled=not quiet) as progress:
+        quiet = quiet or not self.ranks.leader
+        with self.metrics, self.saver, Interrupt() as interrupt, Progress(self.name, steps, enabled=not quiet) as progress:
             step = self._resume(progress)
             while step < steps:
-                began = time.perf_counter()
-                row = self._step(source, step, steps, progress)
-                seconds = time.perf_counter() - began
-                self.totals.seconds += seconds
-                row |= {"tokens_per_s": row["tokens"] / seconds, "seconds": self.totals.seconds}
-                self.rows.append({"step": step, **row})
-                self._log(progress)
+                self._launch(source, step, steps, interrupt)
                 step += 1
-                progress.update(step, **{k: row[k] for k in SHOWN if k in row}, **self.guard.counts)
+                border = step == steps or step % self.stage.save_every == 0
+                asked = self._settle(source, 0 if border else self.lag, progress)
                 if self.guard.drifted(self.stage.guard):  # before a save: a resumed run must not miss it
+                    self.launched.clear()
                     step = self._rewind(step, progress)
-                elif step == steps or interrupt.requested or step % self.stage.save_every == 0:
-                    self._save(step, progress, must=step == steps or interrupt.requested)
-                if interrupt.requested and step < steps:
-                    raise Stopped(f"stopped after {self.name} step {step} of {steps}")
-        hf.save(self.folder / "model", self.model.config, self.full_precision(), torch.float32)
+                elif border or asked:
+                    self._settle(source, 0, progress)
+                    self._save(step, progress, must=step == steps or asked)
+                elif self.saver.finished:
+                    self._saved(progress, must=False)
+                if asked and step < steps:
+                    raise interrupt.stopped(f"stopped after {self.name} step {step} of {steps}")
+        tensors = self.full_precision()
+        if self.ranks.leader:
+            hf.save(self.folder / "model", self.model.config, tensors, torch.float32)
         return self.totals
 
-    def _step(self, source: Source, step: int, steps: int, progress: Progress) -> dict[str, Any]:
-        """One optimizer step; what to log of it."""
+    def _launch(self, source: Source, step: int, steps: int, interrupt: Interrupt) -> None:
+        """One optimizer step, without waiting for the device."""
+        began = time.perf_counter()
         batches = source.step(step + self.guard.shift)
-        row: dict[str, Any] = {**source.facts, "tokens": sum(int((b.document_ids >= 0).sum()) for b in batches)}
-        self.totals.tokens += row["tokens"]
-        self.totals.flops += row["tokens"] * self.flops_per_token + row.get("rollout_flops", 0.0)
-        if not batches:  # a rollout without any signal: nothing to learn from, said in the log
-            return {**row, "loss": 0.0, "skipped": True}
-        total = losses.totals(batches)
-        if not any(total.get(name) for name in losses.WEIGHTS):
-            raise BadInput(f"{self.name} step {step}: no token carries any weight, so there is nothing to learn; check the masks.")
-        logs: dict[str, Tensor] = {}
-        load_LE = torch.zeros(())
-        self.clipping.watch()
+        total = self._totals(batches)
+        row: dict[str, Any] = {**source.facts, "tokens": int(total["tokens"])}
         rule = replace(self.rule, mtp=schedule.mtp_weight(self.stage, step, steps) if self.rule.mtp else 0.0)
-        for batch in batches:
-            loss, parts, loads = losses.compute(self.model, batch.to(self.model.device), total, rule)
-            loss.backward()
-            self.optimizer.collect()
-            logs = {name: logs.get(name, 0) + part for name, part in parts.items()}
-            load_LE = load_LE + loads
-        row |= {name: value.item() if value.dim() == 0 else [round(v, 4) for v in value.tolist()] for name, value in logs.items()}
-        row["loss"] = sum(row[name] for name in losses.PARTS if name in row)
-        row["lr"] = schedule.learning_rate(self.stage, step, steps) * self.guard.slower
-        norm = self.optimizer.norm()
-        row["grad_norm"] = float(norm)
-        if self._skip(source, step, batches, row, progress):
-            return row
-        self.optimizer.step(row["lr"], norm)
+        limits = self.guard.limits(self.stage.guard)
+        values: dict[str, Tensor] = {}
+        if batches:  # else a rollout without any signal: nothing to learn from, said in the log
+            if not any(total[name] for name in losses.WEIGHTS):
+                raise BadInput(f"{self.name} step {step}: no token carries any weight, so there is nothing to learn; check the masks.")
+            self.clipping.watch()
+            for batch in batches:
+                loss, parts, loads = self.on_model(losses.compute, batch, total, rule)
+                loss.backward()
+                self.optimizer.collect()
+                for name, part in {**parts, "load": loads}.items():
+                    values[name] = values[name] + part if name in values else part
+            row["lr"] = schedule.learning_rate(self.stage, step, steps) * self.guard.slower
+            values = self._update(step, steps, row["lr"], limits, values)
+        values["asked"] = self.ranks.sum(torch.tensor(float(interrupt.requested), device=self.model.device))
+        flat, arrived = _to_host(torch.cat([value.detach().flatten().float() for value in values.values()]))
+        names = {name: value.shape for name, value in values.items()}
+        self.launched.append(Launched(step, began, row, batches, limits, names, flat, arrived))
+
+    def _totals(self, batches: list[Batch]) -> dict[str, float]:
+        """The weight of each stream over all ranks' batches of a step, and their tokens."""
+        own = losses.totals(batches)
+        summed = self.ranks.sum(
+            torch.tensor(list(own.values()), dtype=torch.float64, device=self.model.device if self.ranks.mesh else None)
+        )
+        return dict(zip(own, summed.tolist(), strict=True))
+
+    def _update(self, step: int, steps: int, lr: float, limits: tuple[float, float], values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum `values` over the ranks and change the weights with the collected gradients, unless they are out of the guard's limits:
+        then this changes nothing. The values with what came of it."""
+        flat = self.ranks.sum(torch.cat([value.flatten().float() for value in values.values()]))
+        parts = flat.split([value.numel() for value in values.values()])
+        values = {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
+        values["loss"] = torch.stack([values[name].double() for name in losses.PARTS if name in values]).sum()
+        values["grad_norm"] = norm = self.optimizer.norm()
+        fine = within(limits, values.get("ce"), values["loss"], norm)
+        self.optimizer.step(lr, norm, fine)
         if self.stage.qk_clip:
-            row["max_logit"] = self.clipping.clip()
+            values["max_logit"] = self.clipping.clip(fine)
         if rate := schedule.balance_rate(self.stage, step, steps):
-            for router, load in zip(self.routers, load_LE, strict=False):  # the MTP modules', last, only run under their loss
-                router.balance(load, rate)
-        if load_LE.dim() == 2 and len(load_LE):
-            share_LE = load_LE / load_LE.sum(1, keepdim=True)
-            row["max_violation"] = float((share_LE * share_LE.shape[1]).max() - 1)  # MaxVio of arXiv 2408.15664
-            row["dead_experts"] = int((load_LE == 0).sum())
-            row["expert_load"] = [[round(float(s), 4) for s in layer] for layer in share_LE]
+            for router, load in zip(self.routers, values["load"], strict=False):  # the MTP modules', last, only run under their loss
+                router.balance(load, rate * fine)
+        return values
+
+    def _settle(self, source: Source, running: int, progress: Progress) -> bool:
+        """Hear of the launched steps but the last `running`: judge and log them. Whether any rank was asked to stop."""
+        asked = False
+        while len(self.launched) > running:
+            one = self.launched.pop(0)
+            told = _arrived(one)
+            asked |= bool(told.pop("asked"))
+            row = self._read(one.row, told)
+            if "loss" in told:
+                self._judge(source, one, row, progress)
+            self._count(one, row, progress)
+        return asked
+
+    def _read(self, row: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+        """The row of a step whose values have arrived."""
+        load_LE = told.pop("load", [])
+        row = {**row, **told} if told else {**row, "loss": 0.0, "skipped": True}
+        if "router_entropy" in row:
+            row["router_entropy"] = [round(entropy, 4) for entropy in row["router_entropy"]]
+        if load_LE:
+            share_LE = [[count / sum(layer) for count in layer] for layer in load_LE]
+            row["max_violation"] = max(share * len(layer) for layer in share_LE for share in layer) - 1  # MaxVio of arXiv 2408.15664
+            row["dead_experts"] = sum(layer.count(0) for layer in load_LE)
+            row["expert_load"] = [[round(share, 4) for share in layer] for layer in share_LE]
         return row
 
-    def _skip(self, source: Source, step: int, batches: list[Batch], row: dict[str, Any], progress: Progress) -> bool:
-        """Whether the guard forbids this step's update; then the gradients are dropped, the reason is in `row` and the documents in
-        quarantine.jsonl. BadInput when too many steps in a row are not finite."""
+    def _judge(self, source: Source, one: Launched, row: dict[str, Any], progress: Progress) -> None:
+        """If the guard left out this step, put the reason into `row` and the documents into quarantine.jsonl. BadInput when too many
+        steps in a row are not finite."""
         norm = row["grad_norm"] if math.isfinite(row["loss"]) else math.nan
-        reason = self.guard.judge(self.stage.guard, row.get("ce"), norm)
+        reason = self.guard.judge(self.stage.guard, row.get("ce"), norm, one.limits)
         if not reason:
-            return False
-        self.optimizer.drop()
+            return
         if reason == "non-finite" and self.guard.in_row >= self.stage.guard.max_skips:
             raise BadInput(
-                f"{self.name} step {step}: the loss is {row['loss']:.3g} and the gradient norm {row['grad_norm']:.3g}, for the "
+                f"{self.name} step {one.step}: the loss is {row['loss']:.3g} and the gradient norm {row['grad_norm']:.3g}, for the "
                 f"{self.guard.in_row}th time in a row; lower {self.name}.lr (now {self.stage.lr:g}) or look at the data."
             )
         row |= {"guard": reason, "skipped": True}
-        documents = quarantine.suspects(self.model, batches, source.documents(step + self.guard.shift))
-        quarantine.record(self.folder / "quarantine.jsonl", {"step": step, "reason": reason, "documents": documents})
-        progress.note(f"step {step} skipped, {reason} (loss {row['loss']:.3g}, gradient norm {row['grad_norm']:.3g})")
-        return True
+        own = self.on_model(quarantine.suspects, one.batches, source.documents(one.step + self.guard.shift))
+        documents = quarantine.worst(self.ranks.gather(own))
+        if self.ranks.leader:
+            quarantine.record(self.folder / "quarantine.jsonl", {"step": one.step, "reason": reason, "documents": documents})
+        progress.note(f"step {one.step} skipped, {reason} (loss {row['loss']:.3g}, gradient norm {row['grad_norm']:.3g})")
+
+    def _count(self, one: Launched, row: dict[str, Any], progress: Progress) -> None:
+        """Add the step to the totals, the metrics and the progress line."""
+        now = time.perf_counter()
+        seconds, self.settled = now - max(one.began, self.settled), now
+        self.totals.seconds += seconds
+        self.totals.tokens += row["tokens"]
+        self.totals.flops += row["tokens"] * self.flops_per_token + row.get("rollout_flops", 0.0)
+        row |= {"tokens_per_s": row["tokens"] / seconds, "seconds": self.totals.seconds}
+        if self.ranks.leader:
+            self.rows.append({"step": one.step, **row})
+            self._log(progress)
+        progress.update(one.step + 1, **{k: row[k] for k in SHOWN if k in row}, **self.guard.counts)
 
     def _rewind(self, step: int, progress: Progress) -> int:
         """Back to the last checkpoint from before the loss began to rise, if there still is one; the step to go on with."""
         rule, counts, totals = self.stage.guard, self.guard.counts, self.totals
         trouble = f"{self.name} step {step}: the loss has been more than {rule.margin:g} above its best {self.guard.best:.3g} for " \
                   f"{rule.patience} steps"  # fmt: skip
+        self._saved(progress, must=False)
         saved = checkpoint.steps(self.folder)
         if counts.get("rewind", 0) >= rule.rewinds or not saved:
             raise BadInput(f"{trouble}, and {rule.rewinds} rewinds did not help; lower {self.name}.lr (now {self.stage.lr:g}), clip "
@@ -165,23 +242,40 @@ class Trainer:
         before = self._restore(reversed(early), progress)
         self.guard.counts, self.totals = counts, totals  # what was spent is spent
         self.guard.rewound(step - before)
-        checkpoint.forget_after(self.folder, before)
-        self.metrics.truncate_after(before - 1)
+        self._forget_after(before)
         self._save(before, progress, must=True)
         progress.note(f"{trouble}; back to step {before}, its data left out, learning rate x {self.guard.slower:g}")
         return before
 
     def _save(self, step: int, progress: Progress, must: bool) -> None:
-        """Write a checkpoint. A full disk is an error only if it `must` be written; else the run goes on without."""
+        """Begin to write a checkpoint, and wait for it if it `must` be written. A full disk is an error only then; else the run goes on
+        without."""
+        self._saved(progress, must=False)
         facts = {"totals": vars(self.totals), "guard": self.guard.facts()}
+        trouble: OSError | None = None
         try:
             self._log(None)
             self.metrics.sync()
-            checkpoint.save(self.folder, step, self._tensors(), facts, self.stage.keep_last, self.stage.keep_every)
+        except OSError as e:
+            trouble = e
+        trouble = next((found for found in self.ranks.gather(trouble) if found), None)
+        if trouble is None:
+            self.saver.save(step, self._tensors(), facts)
+            if must:
+                self._saved(progress, must)
+        elif must or not disk_full(trouble):
+            raise trouble
+        else:
+            progress.note(f"no checkpoint at step {step}, the disk is full; going on, the one before stays")
+
+    def _saved(self, progress: Progress, must: bool) -> None:
+        """Wait for the checkpoint that is being written, if any."""
+        try:
+            self.saver.wait()
         except (OSError, SafetensorError) as e:
             if must or not disk_full(e):
                 raise
-            progress.note(f"no checkpoint at step {step}, the disk is full; going on, the one before stays")
+            progress.note(f"no checkpoint at step {self.saver.step}, the disk is full; going on, the one before stays")
 
     def _log(self, progress: Progress | None) -> None:
         """Append the waiting rows to metrics.jsonl; on a full disk they go on waiting (an error without `progress` to say it)."""
@@ -196,8 +290,9 @@ class Trainer:
                 progress.note("the disk is full; going on, metrics.jsonl is written when there is room")
 
     def full_precision(self) -> dict[str, Tensor]:
-        """The model's tensors with the float32 masters in place of the working copies."""
-        return {**self.model.state_dict(), **{name: m.data for name, m in self.optimizer.masters.items()}}
+        """The model's tensors with the float32 masters in place of the working copies; of several ranks' shares the whole."""
+        masters = {name: parallel.full(parallel.like(m.data, self.optimizer.working[name])) for name, m in self.optimizer.masters.items()}
+        return {**dict(self.model.named_buffers()), **masters}
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.optimizer.state(), **{f"buffer.{n}": b for n, b in self.model.named_buffers()}}
@@ -205,21 +300,50 @@ class Trainer:
     def _resume(self, progress: Progress) -> int:
         """Load the newest checkpoint, if any; the step to go on with."""
         step = self._restore(reversed(checkpoint.steps(self.folder)), progress)
-        checkpoint.forget_after(self.folder, step)
-        self.metrics.truncate_after(step - 1)
+        self._forget_after(step)
         return step
+
+    def _forget_after(self, step: int) -> None:
+        if self.ranks.leader:
+            checkpoint.forget_after(self.folder, step)
+            self.metrics.truncate_after(step - 1)
+        self.ranks.tell()
 
     def _restore(self, choices: Iterable[int], progress: Progress) -> int:
         """Load the first of these checkpoints that is undamaged; its step, or 0 without any."""
-        found = checkpoint.load(self.folder, choices, progress.note)
-        if found is None:
+
+        def room(names: set[str]) -> dict[str, Tensor]:
+            return {**self.optimizer.room(names), **{f"buffer.{n}": b for n, b in self.model.named_buffers()}}
+
+        facts = checkpoint.load(self.folder, choices, room, progress.note, self.ranks)
+        if facts is None:
             return 0
-        tensors, facts = found
-        self.optimizer.load_state(tensors)
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(tensors[f"buffer.{name}"])
+        self.optimizer.reload()
         self.totals, self.guard = Totals(**facts["totals"]), Guard.of(facts["guard"])
         return int(facts["step"])
+
+
+def _call(model: Model, work: Callable[..., Any], *arguments: Any) -> Any:
+    return work(model, *arguments)
+
+
+def _to_host(flat: Tensor) -> tuple[Tensor, torch.Event | None]:
+    """A copy on its way to the host, and the event of its arrival; a wait for the tensor itself would wait for the next step too."""
+    if flat.device.type == "cpu":
+        return flat, None
+    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    host.copy_(flat, non_blocking=True)
+    arrived = torch.Event(flat.device)
+    arrived.record()
+    return host, arrived
+
+
+def _arrived(one: Launched) -> dict[str, Any]:
+    """A launched step's values as numbers and nested lists."""
+    if one.arrived is not None:
+        one.arrived.synchronize()
+    parts = one.values.split([shape.numel() for shape in one.names.values()])
+    return {name: part.view(shape).tolist() for (name, shape), part in zip(one.names.items(), parts, strict=True)}
 
 
 def active_parameters(model: Model) -> float:

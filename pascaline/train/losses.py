@@ -38,17 +38,18 @@ def totals(batches: Iterable[Batch]) -> dict[str, float]:
     for batch in batches:
         out["tokens"] += int((batch.document_ids >= 0).sum())
         for name in WEIGHTS:
-            if name in batch.streams:
-                out[name] = out.get(name, 0.0) + float(batch.streams[name][:, 1:].double().sum())
+            out[name] = out.get(name, 0.0) + float(batch.weight(name).double().sum())
     return out
 
 
 def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """This micro-batch's share of the step's loss (a scalar with gradient), detached parts to log (shares that add up over the
-    micro-batches), and expert loads [L, E] with the MTP modules' routers last."""
+    micro-batches), and expert loads [L, E] with the MTP modules' routers last. The batch may still lie in the host's memory: then
+    nothing here waits for the device."""
+    keep = _counting(batch, total).to(model.device)
+    batch = batch.to(model.device)
     hidden, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids)
-    weights = {n: batch.streams[n][:, 1:].flatten() for n in WEIGHTS if total.get(n) and n in batch.streams}
-    keep = torch.stack(list(weights.values())).ne(0).any(0).nonzero().squeeze(1)
+    weights = {n: batch.weight(n) for n in WEIGHTS if total.get(n)}
     target = batch.tokens[:, 1:].flatten()[keep]
     kept = hidden[:, :-1].flatten(0, 1).index_select(0, keep)
     logprob, log_z, entropy = token_logprobs(kept, model.head_weight, target, with_entropy="rl" in weights)
@@ -87,6 +88,11 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
                      "mismatch": (share * log_ratio.abs()).sum()}  # fmt: skip
     loads = [routing.load(real) for routing in routings]
     return torch.stack(list(parts.values())).sum(), logs, torch.stack(loads) if loads else torch.zeros(0, model.config.n_routed_experts)
+
+
+def _counting(batch: Batch, total: dict[str, float]) -> Tensor:
+    """Where, among the flattened targets, any stream has weight; int64 [m]."""
+    return torch.stack([batch.weight(n) for n in WEIGHTS if total.get(n)]).ne(0).any(0).nonzero().squeeze(1)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -185,7 +191,7 @@ def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float) -> tuple[Tens
     for k, (states, routing) in enumerate(model.mtp_hidden(hidden, batch.tokens, batch.positions, batch.document_ids), 1):
         ahead = 1 + k
         same = batch.document_ids[:, ahead:] == batch.document_ids[:, :-ahead]
-        weight = (batch.streams["ce"][:, ahead:] * same).flatten()
+        weight = (batch.weight("ce").view(len(same), -1)[:, k:] * same).flatten()
         logprob, *_ = token_logprobs(states[:, :-ahead].flatten(0, 1), model.head_weight, batch.tokens[:, ahead:].flatten())
         losses.append(-(weight * logprob).sum() / total)
         if routing is not None:

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from pascaline.model.transformer import Model
 from pascaline.recipe import Optim
+from pascaline.train import parallel
+from pascaline.train.parallel import ALONE, Ranks
 
 NS_STEPS = 5
 NS = (3.4445, -4.7750, 2.0315)  # quintic Newton-Schulz coefficients of Jordan's Muon
@@ -26,31 +28,32 @@ class Muon:
     """Momentum, orthogonalised, times 0.2 sqrt(max(A, B)), which gives AdamW's update size, so both share one learning rate
     (Moonlight, arXiv 2502.16982 section 2.2). Stacked experts are orthogonalised one by one, gate and up apart."""
 
-    def __init__(self, masters: dict[str, nn.Parameter], optim: Optim, dtype: torch.dtype):
-        self.masters, self.optim, self.dtype = masters, optim, dtype
+    def __init__(self, masters: dict[str, nn.Parameter], wholes: dict[str, nn.Parameter], optim: Optim, dtype: torch.dtype):
+        """masters: what this rank holds of `wholes` (all of them, if it is alone)."""
+        self.masters, self.wholes, self.optim, self.dtype = masters, wholes, optim, dtype
         self.momentum = {name: torch.zeros_like(m) for name, m in masters.items()}
-        self.by_shape: dict[tuple[int, int], list[str]] = {}
-        for name, master in masters.items():
-            self.by_shape.setdefault(_matrices(name, master).shape[1:], []).append(name)  # type: ignore[arg-type]
 
-    def step(self, lr: float) -> None:
-        beta = self.optim.momentum
-        for (rows, columns), names in self.by_shape.items():
-            updates, used = [], []
-            for name in names:
-                gradient, momentum = self.masters[name].grad, self.momentum[name]
-                if gradient is None:  # MTP modules while their loss is off
-                    continue
-                momentum.lerp_(gradient, 1 - beta)
-                updates.append(_matrices(name, gradient.lerp(momentum, beta)))
-                used.append(name)
-            if not used:
+    def step(self, lr: float, fine: Tensor) -> None:
+        """Where `fine` does not hold, nothing changes, whatever the gradients are."""
+        beta, keep = self.optim.momentum, 1 - lr * self.optim.weight_decay * fine
+        for name, master in self.masters.items():
+            gradient, momentum = master.grad, self.momentum[name]
+            if gradient is None:  # MTP modules while their loss is off
                 continue
-            update = orthogonalise(torch.cat(updates).to(self.dtype)).float().split([len(u) for u in updates])
-            scale = 0.2 * max(rows, columns) ** 0.5
-            for name, part in zip(used, update, strict=True):
-                master = self.masters[name]
-                master.mul_(1 - lr * self.optim.weight_decay).add_(part.reshape(master.shape), alpha=-lr * scale)
+            gradient = torch.where(fine, gradient, momentum)
+            momentum.lerp_(gradient, 1 - beta)
+            update = self._orthogonal(name, gradient.lerp(momentum, beta).to(self.dtype))
+            master.mul_(keep).sub_(update * (lr * fine))
+
+    def _orthogonal(self, name: str, look: Tensor) -> Tensor:
+        """Experts are cut between experts, so a rank has all that it needs; of any other matrix it has some rows, and puts the others
+        to them first."""
+        whole = self.wholes[name]
+        if look.dim() == 2:
+            look = parallel.full(parallel.like(look, whole))
+        stack = _matrices(name, look)
+        update = orthogonalise(stack).mul_(0.2 * max(stack.shape[1:]) ** 0.5).reshape(look.shape)
+        return update[parallel.rows(whole)] if look.dim() == 2 else update
 
 
 def _matrices(name: str, tensor: Tensor) -> Tensor:
@@ -62,22 +65,26 @@ def _matrices(name: str, tensor: Tensor) -> Tensor:
 
 class Optimizer:
     """Owns the float32 masters. The model's parameters are working copies in the compute dtype (the masters themselves where
-    that is float32): matmuls run in bf16, small updates are not lost.
+    that is float32): matmuls run in bf16, small updates are not lost. Of a model cut by `parallel.shard` the parameters are float32
+    and the masters this rank's shares of them.
 
     Matrices of the layers decay; norms, embeddings and head do not.
     """
 
-    def __init__(self, model: Model, optim: Optim, dtype: torch.dtype):
-        self.optim = optim
-        self.masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
-        model.cast_(dtype)
-        self.working = dict(model.named_parameters())
-        for name, parameter in self.working.items():
-            if parameter.dtype == torch.float32:
-                parameter.data = self.masters[name].data
+    def __init__(self, model: Model, optim: Optim, dtype: torch.dtype, ranks: Ranks = ALONE):
+        self.optim, self.ranks = optim, ranks
+        if ranks.size > 1:
+            self.working = dict(model.named_parameters())
+            self.masters = {name: nn.Parameter(parallel.local(p.detach())) for name, p in self.working.items()}
+        else:
+            self.masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
+            self.working = dict(model.cast_(dtype).named_parameters())
+            for name, parameter in self.working.items():
+                if parameter.dtype == torch.float32:
+                    parameter.data = self.masters[name].data
         hidden = {n: m for n, m in self.masters.items() if m.dim() > 1 and "embed_tokens" not in n and "lm_head" not in n}
         muon = {n: m for n, m in hidden.items() if optim.optimizer == "muon" and not n.endswith("mlp.gate.weight")}
-        self.muon = Muon(muon, optim, dtype)
+        self.muon = Muon(muon, self.working, optim, dtype)
         decay = [m for n, m in hidden.items() if n not in muon]
         plain = [m for n, m in self.masters.items() if n not in hidden]
         groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -88,25 +95,29 @@ class Optimizer:
         for name, parameter in self.working.items():
             if parameter.grad is None:
                 continue
-            master = self.masters[name]
+            master, gradient = self.masters[name], parallel.local(parameter.grad)
             if master.grad is None:
-                master.grad = parameter.grad.float()
+                master.grad = gradient.float()
             else:
-                master.grad += parameter.grad
+                master.grad += gradient
             parameter.grad = None
 
     def norm(self) -> Tensor:
-        """The norm of all collected gradients."""
-        return torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
+        """The norm of all collected gradients, of all ranks."""
+        own = torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
+        return self.ranks.sum(own.square()).sqrt() if self.ranks.size > 1 else own
 
     @torch.no_grad()
-    def step(self, lr: float, norm: Tensor) -> None:
-        """Clip the gradients of that norm, update, copy back, forget the gradients."""
+    def step(self, lr: float, norm: Tensor, fine: Tensor | None = None) -> None:
+        """Clip the gradients of that norm, update, copy back, forget the gradients. Where `fine` (a bool on the device) does not hold,
+        weights and moments stay as they were, and nobody has had to wait for the device to say so."""
         torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.optim.clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr
+        fine = torch.ones((), dtype=torch.bool, device=norm.device) if fine is None else fine
+        self.adamw.found_inf = (~fine).float()  # type: ignore[attr-defined]  # what a GradScaler tells a fused optimizer
         self.adamw.step()
-        self.muon.step(lr)
+        self.muon.step(lr, fine)
         for name in self.working:
             self.refresh(name)
         self.drop()
@@ -117,25 +128,37 @@ class Optimizer:
         if self.working[name].dtype != torch.float32:
             self.working[name].copy_(self.masters[name])
 
+    @torch.no_grad()
+    def scale_rows(self, name: str, factor: Tensor) -> None:
+        """Multiply each row of a weight [A, B] by its own factor [A]."""
+        self.masters[name].mul_(factor[parallel.rows(self.working[name])].unsqueeze(1))
+        self.refresh(name)
+
     def drop(self) -> None:
         """Forget the collected gradients."""
         for master in self.masters.values():
             master.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments by name, flat: what a checkpoint stores."""
-        out = {f"master.{name}": master.detach() for name, master in self.masters.items()}
-        out |= {f"momentum.{name}": value for name, value in self.muon.momentum.items()}
+        """Masters and moments by name, flat: what a checkpoint stores. A rank's shares come as parts of their whole."""
+        out: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            out |= {f"{key}.{name}": value for key, value in self.adamw.state.get(master, {}).items()}
+            moments = self.adamw.state.get(master, {})
+            own = {"master": master.detach(), **({"momentum": self.muon.momentum[name]} if name in self.muon.momentum else {}), **moments}
+            out |= {f"{key}.{name}": parallel.like(t, self.working[name]) if t.dim() else t for key, t in own.items()}
         return out
 
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def room(self, names: set[str]) -> dict[str, Tensor]:
+        """The live tensors of `state` for a state that has `names`: to be written over, then `reload`. Moments come into being with a
+        weight's first gradient, so a state need not have all of them."""
         for name, master in self.masters.items():
-            master.copy_(state[f"master.{name}"])
-            if f"exp_avg.{name}" in state:
-                self.adamw.state[master] = {k: state[f"{k}.{name}"].to(master.device) for k in ("step", "exp_avg", "exp_avg_sq")}
-            if name in self.muon.momentum:
-                self.muon.momentum[name].copy_(state[f"momentum.{name}"])
+            self.adamw.state.pop(master, None)
+            if f"exp_avg.{name}" in names:
+                zeros = {key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
+                self.adamw.state[master] = {"step": torch.zeros((), device=master.device), **zeros}
+        return self.state()
+
+    def reload(self) -> None:
+        """After the tensors of `room` were written."""
+        for name in self.working:
             self.refresh(name)

@@ -13,33 +13,30 @@ class QKClip:
     """watch() before a step's forwards, clip() after its update. tau 0 turns it off: nothing is watched."""
 
     def __init__(self, model: Model, optimizer: Optimizer, tau: float):
-        self.model, self.optimizer, self.tau = model, optimizer, tau
+        self.optimizer, self.tau = optimizer, tau
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, LatentAttention)} if tau else {}
 
     def watch(self) -> None:
         for layer in self.layers.values():
-            layer.max_logit_H = torch.zeros(layer.config.num_attention_heads, device=self.model.device)
+            layer.max_logit_H = torch.zeros(layer.config.num_attention_heads, device=layer.o_proj.weight.device)
 
     @torch.no_grad()
-    def clip(self) -> float:
+    def clip(self, fine: Tensor | bool = True) -> Tensor:
         """Scale each head's weights by gamma = min(1, tau / its largest logit): what is its own (queries and keys without rotation) by
-        sqrt(gamma), the rotary query by gamma, the rotary key, which all heads share, not at all. Returns the largest logit."""
-        largest = [0.0]
-        for name, layer in self.layers.items():
-            assert layer.max_logit_H is not None
-            largest.append(float(layer.max_logit_H.max()))
-            if largest[-1] > self.tau:
-                self._scale(name, layer, (self.tau / layer.max_logit_H.clamp(min=self.tau)).view(-1, 1, 1))
-        return max(largest)
+        sqrt(gamma), the rotary query by gamma, the rotary key, which all heads share, not at all; nothing where `fine` does not hold.
+        Returns the largest logit of all layers, heads and ranks, a scalar."""
+        largest_LH = self.optimizer.ranks.max(torch.stack([m.max_logit_H for m in self.layers.values() if m.max_logit_H is not None]))
+        gamma_LH = torch.where(torch.as_tensor(fine, device=largest_LH.device), self.tau / largest_LH.clamp(min=self.tau), 1.0)
+        for (name, layer), gamma_H in zip(self.layers.items(), gamma_LH, strict=True):
+            self._scale(name, layer, gamma_H)
+        return largest_LH.max()
 
-    def _scale(self, place: str, layer: LatentAttention, gamma_H11: Tensor) -> None:
+    def _scale(self, place: str, layer: LatentAttention, gamma_H: Tensor) -> None:
         c = layer.config
-        queries = "qkv_a_proj" if c.q_lora_rank is None else "q_b_proj"
-        weight = self.optimizer.masters[f"{place}.{queries}.weight"].data[: c.num_attention_heads * c.qk_head_dim]
-        q_HCD = weight.view(c.num_attention_heads, c.qk_head_dim, -1)
-        q_HCD[:, : c.qk_nope_head_dim] *= gamma_H11.sqrt()
-        q_HCD[:, c.qk_nope_head_dim :] *= gamma_H11
-        kv_HCR = self.optimizer.masters[f"{place}.kv_b_proj.weight"].data.view(c.num_attention_heads, -1, c.kv_lora_rank)
-        kv_HCR[:, : c.qk_nope_head_dim] *= gamma_H11.sqrt()
-        for name in (f"{place}.{queries}.weight", f"{place}.kv_b_proj.weight"):
-            self.optimizer.refresh(name)
+        queries = f"{place}.{'qkv_a_proj' if c.q_lora_rank is None else 'q_b_proj'}.weight"
+        content, rotary, value = gamma_H.sqrt().unsqueeze(1), gamma_H.unsqueeze(1), torch.ones_like(gamma_H).unsqueeze(1)
+        q_rows = torch.cat((content.expand(-1, c.qk_nope_head_dim), rotary.expand(-1, c.qk_rope_head_dim)), 1).flatten()
+        others = len(self.optimizer.working[queries]) - len(q_rows)  # the latent and the rotary key, where they share the matrix
+        kv_rows = torch.cat((content.expand(-1, c.qk_nope_head_dim), value.expand(-1, c.v_head_dim)), 1).flatten()
+        self.optimizer.scale_rows(queries, torch.cat((q_rows, torch.ones_like(q_rows[:1]).expand(others))))
+        self.optimizer.scale_rows(f"{place}.kv_b_proj.weight", kv_rows)

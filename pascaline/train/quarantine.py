@@ -16,7 +16,7 @@ MOST = 20
 
 @torch.no_grad()
 def suspects(model: Model, batches: list[Batch], names: list[Names]) -> list[dict[str, Any]]:
-    """The step's documents by their mean loss in nats a token, worst first (one without a finite loss is the worst), at most MOST."""
+    """The documents of a rank's batches with their mean loss in nats a token."""
     found = []
     for batch, known in zip(batches, names, strict=False):
         batch = batch.to(model.device)
@@ -27,8 +27,13 @@ def suspects(model: Model, batches: list[Batch], names: list[Names]) -> list[dic
             inside = (batch.document_ids[row, 1:] == document) & (batch.positions[row, 1:] > 0)
             if inside.any():
                 found.append({**name, "loss": float(loss[row][inside].mean())})
-    found.sort(key=lambda entry: -entry["loss"] if entry["loss"] == entry["loss"] else -torch.inf)
-    return found[:MOST]
+    return found
+
+
+def worst(found: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """All ranks' documents, the worst first (one without a finite loss is the worst), at most MOST."""
+    whole = [entry for own in found for entry in own]
+    return sorted(whole, key=lambda entry: -entry["loss"] if entry["loss"] == entry["loss"] else -torch.inf)[:MOST]
 
 
 def record(path: Path, entry: dict[str, Any]) -> None:

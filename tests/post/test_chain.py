@@ -225,6 +225,40 @@ def test_ctrl_c_in_pretraining(coin_run: Path, tmp_path: Path) -> None:
     assert code == 0 and same(out, coin_run), err
 
 
+def test_sigterm_saves_and_is_no_failure(coin_run: Path, tmp_path: Path) -> None:
+    """As a scheduler stops a job: saved, exit code 0, and the same command goes on."""
+    out = tmp_path / "run"
+    command = [Path(sys.executable).parent / "pascaline", "run", COIN, "--out", out, "--stage", "pretrain"]
+    environment = os.environ | {"PYTHONPATH": str(COIN.parent)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        _until(lambda: _rows(out / "03-pretrain") >= 3, lambda: process.poll() is None)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "run the same command to go on" in err and not (out / "03-pretrain" / "done.json").exists()
+    assert checkpoint.steps(out / "03-pretrain")[-1] == len(Metrics.read(out / "03-pretrain" / "metrics.jsonl"))
+
+
+def test_two_ranks_walk_the_whole_road(coin_run: Path, tmp_path: Path) -> None:
+    """torchrun: the same recipe; the training stages together, one that is done already is left alone."""
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pascaline"]
+    environment = os.environ | {"PYTHONPATH": f"{COIN.parent}:{COIN.parent.parent}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, "run", COIN, "--out", out, "--json"], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == read_json(out / "report.json")
+    for stage in ("03-pretrain", "04-sft"):
+        one, two = (Metrics.read(place / stage / "metrics.jsonl") for place in (coin_run, out))
+        assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
+        assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=0.02)
+        assert len(list((out / stage / "state").glob("step-*/*.safetensors"))) == 2 * len(checkpoint.steps(out / stage))
+    again = subprocess.run([*torchrun, "run", COIN, "--out", out], capture_output=True, text=True, env=environment, timeout=100)
+    assert again.returncode == 0 and again.stdout.count("is done already") == 1, again.stderr
+    wrong = subprocess.run(
+        [*torchrun, "run", COIN, "--out", out, "--set", "seed=2"], capture_output=True, text=True, env=environment, timeout=100
+    )
+    assert wrong.returncode != 0 and wrong.stderr.count("holds a run of another recipe") == 1
+
+
 def _rows(stage: Path) -> int:
     path = stage / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -329,7 +363,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(disk: Any, coin_r
     assert len(reached) >= 2, reached
 
 
-@pytest.mark.parametrize("place", ["train.checkpoint.save_file", "model.hf.save_file", "runs.os.fsync"])
+@pytest.mark.parametrize("place", ["train.checkpoint.dcp.save", "model.hf.save_file", "runs.os.fsync"])
 def test_no_space_inside_a_library_is_the_same_sentence(
     place: str, coin_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,7 +374,7 @@ def test_no_space_inside_a_library_is_the_same_sentence(
     out = reopened(coin_run, tmp_path / "run", "pretrain")
     (out / "03-pretrain" / "done.json").unlink()
     shutil.rmtree(out / "03-pretrain" / "model")
-    if place == "train.checkpoint.save_file":
+    if place == "train.checkpoint.dcp.save":
         shutil.rmtree(out / "03-pretrain" / "state")
 
     def full(*_: Any, **__: Any) -> None:

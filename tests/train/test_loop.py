@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -24,8 +25,8 @@ from pascaline.errors import BadInput
 from pascaline.model import hf
 from pascaline.recipe import Guard
 from pascaline.runs import Metrics, disk_full
-from pascaline.stopping import Stopped
-from pascaline.train import checkpoint
+from pascaline.stopping import Interrupt, Stopped
+from pascaline.train import checkpoint, loop
 from pascaline.train.loop import Trainer, active_parameters
 from pascaline.train.losses import Loss
 
@@ -149,7 +150,7 @@ def test_one_balance_step_counts_the_whole_optimizer_step(tmp_path, monkeypatch)
     calls = []
     one = trainer(tmp_path)
     for router in one.routers:
-        monkeypatch.setattr(router, "balance", lambda load, rate: calls.append((load.tolist(), rate)))
+        monkeypatch.setattr(router, "balance", lambda load, rate: calls.append((load.tolist(), round(float(rate), 6))))
     one.run(loader(), 1, quiet=True)
     assert len(calls) == 2 and {rate for _, rate in calls} == {0.01}
     real = 2 * rows(tmp_path)[0]["tokens"]
@@ -190,6 +191,54 @@ def test_policy_gradient_on_a_model_with_mtp_modules(tmp_path):
     found = rows(tmp_path)
     assert len(found) == 4 and found[0]["reward"] == 0.5 and {"rl", "entropy", "mismatch", "clipped"} <= set(found[0])
     assert one.routers[0].e_score_correction_bias.any() and not one.routers[1].e_score_correction_bias.any()
+
+
+# ---- ahead of the host -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(optimizer="muon", qk_clip=0.1, activation_checkpointing=True)])
+def test_a_step_does_not_wait_for_the_device(kind, tmp_path, monkeypatch):
+    """The meta device has no numbers: whoever asks it for one fails."""
+    monkeypatch.setattr(loop, "_to_host", lambda flat: (flat, None))
+    table = trainee.stage(**kind)
+    one = Trainer(model().to("meta"), table, Loss(mtp=0.3, balance=0.1, z=0.1), tmp_path, "toy", torch.bfloat16)
+    assert one.lag == 1
+    updates = []
+    one.optimizer.adamw.step = lambda: updates.append(one.optimizer.adamw.found_inf)  # its fused kernel knows no meta device
+    one.guard.losses = one.guard.norms = [1.0 + 0.01 * i for i in range(100)]
+    for step in range(3):
+        one._launch(loader(), step, STEPS, Interrupt())
+    assert len(one.launched) == len(updates) == 3 and {"ce", "mtp", "loss", "grad_norm", "load"} <= set(one.launched[0].names)
+    with pytest.raises(RuntimeError):  # the check can fail
+        one.launched[0].values.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_ahead_of_the_host_is_the_same_run(kind, tmp_path):
+    """As on an accelerator, with a step that is no number in it, a crash, and the same bits in the end."""
+
+    def hurt(one, crash):
+        def act(step, found):
+            if step == 7:
+                found[0].streams["ce"][0, 1] = float("nan")
+            if step == 10 and crash:
+                raise Crash
+            return found
+
+        return Watched(act)
+
+    ends = []
+    for name, lag, crash in (("at once", 0, False), ("ahead", 1, False), ("crashed", 1, True)):
+        for crashing in [True, False] if crash else [False]:
+            one = trainer(tmp_path / name, **kind)
+            one.lag = lag
+            try:
+                one.run(hurt(one, crashing), STEPS, quiet=True)
+            except Crash:
+                continue
+        ends.append((weights(tmp_path / name), rows(tmp_path / name), (tmp_path / name / "quarantine.jsonl").read_text()))
+    assert [row["step"] for row in ends[0][1] if "guard" in row] == [7]
+    assert ends[1][:2] == ends[0][:2] and ends[2][:2] == ends[0][:2]
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
@@ -263,12 +312,13 @@ def test_a_finished_run_does_nothing_more(straight, tmp_path):
 def test_which_checkpoints_are_kept(last, every, kept, straight, tmp_path):
     trainer(tmp_path, keep_last=last, keep_every=every).run(loader(), STEPS, quiet=True)
     assert {p.name for p in (tmp_path / "state").iterdir()} == {f"step-{s}" for s in kept}
-    assert sorted(p.name for p in (straight / "state" / f"step-{STEPS}").iterdir()) == ["state.json", "tensors.safetensors"]
+    inside = {p.name for p in (straight / "state" / f"step-{STEPS}").iterdir()}
+    assert inside == {"state.json", trainee.tensors_file(straight, STEPS).name}
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
-    """kill -9, five times, in training and in the middle of checkpoints; the last run goes to the end."""
-    steps = 40
+    """kill -9, twenty times, in training and in the middle of checkpoints; the last run goes to the end."""
+    steps = 90
     context = multiprocessing.get_context("forkserver")
 
     def child(folder: Path):
@@ -283,7 +333,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     undisturbed = child(tmp_path / "straight")
     draw = random.Random(4)
     killed, kills = tmp_path / "killed", 0
-    for turn in range(5):
+    saving = 0
+    for turn in range(20):
         process = child(killed)
         goal = draw.randint(4 * turn + 1, 4 * turn + 4)
         while written(killed) < goal and process.is_alive():
@@ -292,12 +343,45 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL  # a starved parent may come too late
-    assert kills >= 4
+        saving += any((killed / "state").glob(".step-*.tmp"))
+    assert kills >= 16 and saving >= 1
     for process in (child(killed), undisturbed):
         process.join(60)
         assert process.exitcode == 0
     assert weights(killed) == weights(tmp_path / "straight")
     assert rows(killed) == rows(tmp_path / "straight") and len(rows(killed)) == steps
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(straight, tmp_path, monkeypatch):
+    """What is written is the state as it was, however long that takes and whatever has changed since."""
+    real, writing = checkpoint.dcp.save, []
+    one = trainer(tmp_path, save_every=2, keep_last=9)
+
+    def slow(*arguments, **options):
+        writing.append(1)
+        while len(source.asked) < min(2 * len(writing) + 2, STEPS):  # the step before the next save has begun
+            time.sleep(0.001)
+        real(*arguments, **options)
+
+    source = Watched(lambda *_: None)
+    monkeypatch.setattr(checkpoint.dcp, "save", slow)
+    one.run(source, STEPS, quiet=True)
+    monkeypatch.undo()
+    assert len(writing) == STEPS // 2 and weights(tmp_path) == weights(straight)
+    shutil.rmtree(tmp_path / "model")
+    checkpoint.forget_after(tmp_path, 4)
+    trainer(tmp_path, 3).run(loader(), STEPS, quiet=True)
+    assert weights(tmp_path) == weights(straight)
+
+
+def test_a_write_that_fails_for_another_reason_ends_the_run(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise PermissionError(13, "Permission denied", "state")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", broken)
+    with pytest.raises(PermissionError):
+        trainer(tmp_path).run(loader(), STEPS, quiet=True)
+    assert not (tmp_path / "model").exists() and checkpoint.steps(tmp_path) == []
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------------
@@ -407,12 +491,12 @@ def test_a_step_without_batches_is_skipped_and_said(tmp_path):
 @pytest.mark.parametrize(
     "name, content",
     [("state.json", b""), ("state.json", b"{"), ("state.json", b"\xff\xfe"), ("state.json", b"[]"), ("state.json", b"{}"),
-     ("tensors.safetensors", b""), ("tensors.safetensors", 100), ("tensors.safetensors", -1), ("tensors.safetensors", None)],
+     ("tensors", b""), ("tensors", 100), ("tensors", -1), ("tensors", None)],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_refused(name, content, tmp_path):
     with pytest.raises(Crash):
         trainer(tmp_path).run(crash_at(4), STEPS, quiet=True)
-    path = tmp_path / "state" / "step-3" / name
+    path = tmp_path / "state" / "step-3" / name if "." in name else trainee.tensors_file(tmp_path, 3)
     if content is None:
         path.unlink()
     else:
@@ -422,11 +506,11 @@ def test_a_damaged_checkpoint_is_refused(name, content, tmp_path):
     assert "--fresh" in str(caught.value) and len(rows(tmp_path)) == 4  # nothing was thrown away
 
 
-@pytest.mark.parametrize("name, content", [("state.json", b"{"), ("tensors.safetensors", -1), ("tensors.safetensors", "bit")])
+@pytest.mark.parametrize("name, content", [("state.json", b"{"), ("tensors", -1), ("tensors", "bit")])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(name, content, straight, tmp_path, capsys):
     with pytest.raises(Crash):
         trainer(tmp_path).run(crash_at(8), STEPS, quiet=True)
-    path = tmp_path / "state" / "step-6" / name
+    path = tmp_path / "state" / "step-6" / name if "." in name else trainee.tensors_file(tmp_path, 6)
     data = bytearray(path.read_bytes())
     data[-5] ^= content == "bit"
     path.write_bytes(data if content == "bit" else data[:content] if isinstance(content, int) else content)
@@ -448,7 +532,7 @@ def test_left_overs_of_a_killed_save_are_ignored_and_swept(straight, tmp_path):
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left on device (os error 28)"), OSError(28, "No space left on device")])
 def test_a_full_disk_keeps_the_old_checkpoint(error, straight, tmp_path, monkeypatch, capsys):
-    real, saves = checkpoint.save_file, []
+    real, saves = checkpoint.dcp.save, []
 
     def full(*arguments, **options):
         saves.append(1)
@@ -456,7 +540,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(error, straight, tmp_path, monkeyp
             raise error
         real(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
     with pytest.raises(Crash):
         trainer(tmp_path).run(crash_at(8), STEPS)
     assert "no checkpoint at step 6, the disk is full; going on" in capsys.readouterr().err
@@ -489,11 +573,18 @@ def test_metrics_wait_for_room_on_a_full_disk(straight, tmp_path, monkeypatch, c
 
 def test_a_checkpoint_holds_tensors_and_json_only(straight):
     """Nothing executable is loaded: law 6."""
-    tensors, facts = checkpoint.load(straight, [STEPS], pytest.fail)
+    seen = set()
+
+    def room(names):
+        seen.update(names)
+        return {}
+
+    facts = checkpoint.load(straight, [STEPS], room, pytest.fail)
     assert facts["step"] == STEPS and facts["totals"]["tokens"] > 0
-    assert any(n.endswith("e_score_correction_bias") for n in tensors) and "rng" not in tensors
-    names = set(load_file(straight / "state" / f"step-{STEPS}" / "tensors.safetensors"))
+    assert any(n.endswith("e_score_correction_bias") for n in seen) and "rng" not in seen
+    names = set(load_file(trainee.tensors_file(straight, STEPS)))
     assert {n.split(".")[0] for n in names} == {"master", "exp_avg", "exp_avg_sq", "step", "buffer", "rng"}
+    assert list(facts["sha256"]) == [trainee.tensors_file(straight, STEPS).name]
 
 
 def test_metrics_of_steps_after_the_checkpoint_are_dropped(straight, tmp_path):

@@ -14,6 +14,7 @@ from pascaline.model.transformer import Model
 from pascaline.recipe import Stage
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
+from pascaline.train.parallel import ALONE, Ranks
 
 VOCAB = 19
 SHAPE = dict(
@@ -41,15 +42,15 @@ def stage(**changes) -> Stage:
     return Stage(**{"lr": 0.01, "warmup": 2, "save_every": 3, "balance_rate": 0.01, "mtp": 0.3, "sequence_length": 24, **changes})
 
 
-def loader() -> Loader:
-    return Loader(ListSamples(counting()), row=24, rows=4, micro=2, pad=0, seed=5)
+def loader(ranks: Ranks = ALONE, micro: int = 2) -> Loader:
+    return Loader(ListSamples(counting()), row=24, rows=4, micro=micro, pad=0, seed=5, rank=ranks.rank, ranks=ranks.size)
 
 
 class Watched:
     """A source that does something (crash, signal, change the batch) when a step is asked for."""
 
-    def __init__(self, act: Any):
-        self.source, self.act, self.asked = loader(), act, list[int]()
+    def __init__(self, act: Any, source: Loader | None = None):
+        self.source, self.act, self.asked = source or loader(), act, list[int]()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -64,9 +65,10 @@ class Watched:
         return self.source.documents(step)
 
 
-def trainer(folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, shape: Any = None, **changes) -> Trainer:
+def trainer(folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, shape: Any = None, ranks: Ranks = ALONE, **changes) -> Trainer:
     table = stage(**changes)
-    return Trainer(model(seed, **(shape or {})), table, Loss(mtp=table.mtp), folder, "toy", dtype)
+    rule = Loss(mtp=table.mtp, balance=table.sequence_balance, z=table.z_loss)
+    return Trainer(model(seed, **(shape or {})), table, rule, folder, "toy", dtype, ranks)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -83,3 +85,9 @@ def run_to_the_end(folder: str, steps: int, save_every: int) -> None:
     """What the child does; its own initial seed, so that all but the first checkpoint's past must come from the disk."""
     torch.set_num_threads(1)
     trainer(Path(folder), save_every=save_every).run(loader(), steps, quiet=True)
+
+
+def tensors_file(folder: Path, step: int) -> Path:
+    """Where a checkpoint of one rank keeps its tensors."""
+    (file,) = (folder / "state" / f"step-{step}").glob("*.safetensors")
+    return file
