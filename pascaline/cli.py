@@ -123,7 +123,7 @@ def doctor(as_json: Json = False) -> None:
         "versions": runs.versions(),
         "device": str(chosen),
         "dtype": str(device.best_dtype(chosen)).removeprefix("torch."),
-        "gemm_gflops": device.measure(chosen),
+        "gemm_gflops": device.peak(chosen, again=True),
     }
     if as_json:
         print(json.dumps(facts))

@@ -26,7 +26,7 @@ Refused = Callable[..., str]
 
 
 def program(*arguments: object, **more: Any) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     command = [PROGRAM, *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment, **more)
 

@@ -20,6 +20,7 @@ from pascaline.data.card import corpus_card, token_card
 from pascaline.data.loader import CorpusSamples, ListSamples, Loader, Samples
 from pascaline.data.mixture import Share, missing
 from pascaline.data.shards import Corpus, ShardWriter
+from pascaline.device import peak
 from pascaline.engine import Engine
 from pascaline.errors import BadInput
 from pascaline.model import hf
@@ -228,6 +229,7 @@ def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[s
     if name == "rl":
         rule = replace(rule, mtp=0.0, clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
     trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype)
+    trainer.peak = 1e9 * peak(run.device, measured=not run.quiet).get(str(run.dtype).removeprefix("torch."), 0.0)
     totals = trainer.run(source, steps, quiet=run.quiet)
     run.tokenizer().save(run.folder(name) / "model")
     return {"steps": steps, "tokens": totals.tokens, "seconds": totals.seconds, "flops": totals.flops}

@@ -28,7 +28,7 @@ from pascaline.train.guard import Guard
 from pascaline.train.optim import Optimizer
 from pascaline.train.qkclip import QKClip
 
-SHOWN = ("reward", "accuracy", "response_tokens", "loss", "grad_norm", "max_violation", "tokens_per_s")
+SHOWN = ("reward", "accuracy", "response_tokens", "loss", "tokens_per_s", "gemm_share", "mfu", "grad_norm", "max_violation", "dead_experts")
 
 
 class Source(Protocol):
@@ -62,6 +62,7 @@ class Trainer:
         self.routers = model.routers()
         self.flops_per_token = 6.0 * active_parameters(model)
         self.totals = Totals()
+        self.peak = 0.0  # FLOP/s of matrix products here; 0: not measured
         self.guard = Guard()
         self.metrics = Metrics(folder / "metrics.jsonl")
         self.rows: list[dict[str, Any]] = []  # that still have to go there: a full disk may get room again
@@ -74,11 +75,14 @@ class Trainer:
         with self.metrics, Interrupt() as interrupt, Progress(self.name, steps, enabled=not quiet) as progress:
             step = self._resume(progress)
             while step < steps:
-                began = time.perf_counter()
+                began, flops = time.perf_counter(), self.totals.flops
                 row = self._step(source, step, steps, progress)
                 seconds = time.perf_counter() - began
                 self.totals.seconds += seconds
                 row |= {"tokens_per_s": row["tokens"] / seconds, "seconds": self.totals.seconds}
+                if self.peak:
+                    name = "mfu" if self.model.device.type == "cuda" else "gemm_share"
+                    row[name] = (self.totals.flops - flops) / seconds / self.peak
                 self.rows.append({"step": step, **row})
                 self._log(progress)
                 step += 1
