@@ -91,6 +91,8 @@ def test_the_real_program(arguments: list[str], words: str, tmp_path: Path) -> N
         ("sed=1", "did you mean 'seed'?"),
         ("pretrain.lr=fast", "pretrain.lr = 'fast' is wrong"),
         ("rl.samples=1", "greater than or equal to 2"),
+        ("ledger.price=-1", "greater than or equal to 0"),
+        ("ledger.wats=60", "did you mean 'watts'?"),
         ("puzzles.countdown.tracs=5", "did you mean 'traces'?"),
         ("puzzles.countdown.dials.numbrs=3", "did you mean 'numbers'?"),
         ("puzzles.countdown.quality.plantd=0.3", "did you mean 'planted'?"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pascaline.eval.report import aligned, clock, count, report_html
+from pascaline.eval.report import clock, count, report_html
 from pascaline.progress import label, number
 from pascaline.recipe import STAGES
 from pascaline.runs import Metrics, is_complete, write_atomic
@@ -30,8 +30,8 @@ def standing(out: Path) -> list[dict[str, Any]]:
     return stages
 
 
-def standing_text(stages: list[dict[str, Any]]) -> str:
-    """The same for a terminal, a row a stage."""
+def standing_table(stages: list[dict[str, Any]]) -> list[list[str]]:
+    """The same to be read: a head, and a row a stage."""
     shown = [key for key in MEASURED if any(stage[key] is not None for stage in stages)]
     head = ["stage", "steps", "tokens", "time", *map(label, shown), "guard"]
     rows = [
@@ -40,11 +40,12 @@ def standing_text(stages: list[dict[str, Any]]) -> str:
         + [", ".join(f"{n} {kind}" for kind, n in stage["guard"].items()) or "-"]
         for stage in stages
     ]
-    return aligned([head, *rows])
+    return [head, *rows]
 
 
-def draw(out: Path) -> Path:
-    """Write OUT/report.html with the curves there are; its path."""
+def draw(out: Path, cost: dict[str, Any]) -> Path:
+    """Write OUT/report.html with the curves there are, and what `ledger.cost` gave; its path."""
+    found = standing(out)
     curves = {name: Metrics.read(out / f"{i + 1:02d}-{name}" / "metrics.jsonl") for i, name in enumerate(STAGES)}
-    write_atomic(out / "report.html", report_html({}, curves))
+    write_atomic(out / "report.html", report_html({"standing": standing_table(found) if found else [], "ledger": cost}, curves))
     return out / "report.html"

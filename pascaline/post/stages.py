@@ -23,6 +23,7 @@ from pascaline.data.shards import Corpus, ShardWriter
 from pascaline.device import peak
 from pascaline.engine import Engine
 from pascaline.errors import BadInput
+from pascaline.ledger import Attempt, stage_cost
 from pascaline.model import hf
 from pascaline.model.transformer import Model
 from pascaline.post.check import model_config
@@ -50,6 +51,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     quiet: bool = False
+    attempt: Attempt | None = None  # at the stage under way
 
     def folder(self, stage: str) -> Path:
         return self.out / f"{STAGES.index(stage) + 1:02d}-{stage}"
@@ -230,14 +232,16 @@ def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[s
         rule = replace(rule, mtp=0.0, clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
     trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype)
     trainer.peak = 1e9 * peak(run.device, measured=not run.quiet).get(str(run.dtype).removeprefix("torch."), 0.0)
+    if run.attempt:
+        run.attempt.follow(lambda: (trainer.spent, trainer.totals))
     totals = trainer.run(source, steps, quiet=run.quiet)
     run.tokenizer().save(run.folder(name) / "model")
-    return {"steps": steps, "tokens": totals.tokens, "seconds": totals.seconds, "flops": totals.flops}
+    return {"steps": steps, "tokens": totals.tokens}
 
 
-def record(run: Run, name: str, summary: dict[str, Any]) -> None:
+def record(run: Run, name: str) -> None:
     """lineage.json of a finished stage."""
     before = STAGES[: STAGES.index(name)]
     parents = [run.folder(before[-1])] if before else []
-    lineage(run.folder(name), parents=parents, seed=run.recipe.seed, seconds=summary.get("seconds"), flops=summary.get("flops"),
+    lineage(run.folder(name), parents=parents, seed=run.recipe.seed, cost=stage_cost(run.out, name),
             accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype), stage=name)  # fmt: skip

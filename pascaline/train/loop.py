@@ -7,7 +7,7 @@ its last checkpoint ends with the same bits.
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pascaline.data.batch import Batch
 from pascaline.errors import BadInput
+from pascaline.ledger import Totals
 from pascaline.model import hf
 from pascaline.model.transformer import Model
 from pascaline.progress import Progress
@@ -42,15 +43,6 @@ class Source(Protocol):
     def documents(self, step: int) -> list[quarantine.Names]: ...
 
 
-@dataclass
-class Totals:
-    """What a stage has cost so far, over all its resumes."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    flops: float = 0.0
-
-
 class Trainer:
     """Trains `model` for `steps` optimizer steps in `folder`; the finished weights go to folder/model in float32."""
 
@@ -61,7 +53,8 @@ class Trainer:
         self.clipping = QKClip(model, self.optimizer, stage.qk_clip)
         self.routers = model.routers()
         self.flops_per_token = 6.0 * active_parameters(model)
-        self.totals = Totals()
+        self.totals = Totals()  # of the steps that stand, over all resumes
+        self.spent = Totals()  # of this process, with the steps that a rewind threw away
         self.peak = 0.0  # FLOP/s of matrix products here; 0: not measured
         self.guard = Guard()
         self.metrics = Metrics(folder / "metrics.jsonl")
@@ -75,14 +68,14 @@ class Trainer:
         with self.metrics, Interrupt() as interrupt, Progress(self.name, steps, enabled=not quiet) as progress:
             step = self._resume(progress)
             while step < steps:
-                began, flops = time.perf_counter(), self.totals.flops
+                began, flops = time.perf_counter(), self.spent.flops
                 row = self._step(source, step, steps, progress)
                 seconds = time.perf_counter() - began
-                self.totals.seconds += seconds
+                self._count(seconds=seconds)
                 row |= {"tokens_per_s": row["tokens"] / seconds, "seconds": self.totals.seconds}
                 if self.peak:
                     name = "mfu" if self.model.device.type == "cuda" else "gemm_share"
-                    row[name] = (self.totals.flops - flops) / seconds / self.peak
+                    row[name] = (self.spent.flops - flops) / seconds / self.peak
                 self.rows.append({"step": step, **row})
                 self._log(progress)
                 step += 1
@@ -100,8 +93,7 @@ class Trainer:
         """One optimizer step; what to log of it."""
         batches = source.step(step + self.guard.shift)
         row: dict[str, Any] = {**source.facts, "tokens": sum(int((b.document_ids >= 0).sum()) for b in batches)}
-        self.totals.tokens += row["tokens"]
-        self.totals.flops += row["tokens"] * self.flops_per_token + row.get("rollout_flops", 0.0)
+        self._count(tokens=row["tokens"], flops=row["tokens"] * self.flops_per_token + row.get("rollout_flops", 0.0))
         if not batches:  # a rollout without any signal: nothing to learn from, said in the log
             return {**row, "loss": 0.0, "skipped": True}
         total = losses.totals(batches)
@@ -158,7 +150,7 @@ class Trainer:
 
     def _rewind(self, step: int, progress: Progress) -> int:
         """Back to the last checkpoint from before the loss began to rise, if there still is one; the step to go on with."""
-        rule, counts, totals = self.stage.guard, self.guard.counts, self.totals
+        rule, counts = self.stage.guard, self.guard.counts
         trouble = f"{self.name} step {step}: the loss has been more than {rule.margin:g} above its best {self.guard.best:.3g} for " \
                   f"{rule.patience} steps"  # fmt: skip
         saved = checkpoint.steps(self.folder)
@@ -167,7 +159,7 @@ class Trainer:
                            f"harder ({self.name}.clip), or look at the data.")  # fmt: skip
         early = [s for s in saved if s <= step - self.guard.since_best] or saved[:1]
         before = self._restore(reversed(early), progress)
-        self.guard.counts, self.totals = counts, totals  # what was spent is spent
+        self.guard.counts = counts
         self.guard.rewound(step - before)
         checkpoint.forget_after(self.folder, before)
         self.metrics.truncate_after(before - 1)
@@ -198,6 +190,10 @@ class Trainer:
                 raise
             if len(self.rows) == 1:
                 progress.note("the disk is full; going on, metrics.jsonl is written when there is room")
+
+    def _count(self, seconds: float = 0.0, tokens: int = 0, flops: float = 0.0) -> None:
+        for totals in (self.totals, self.spent):
+            totals.add(seconds, tokens, flops)
 
     def full_precision(self) -> dict[str, Tensor]:
         """The model's tensors with the float32 masters in place of the working copies."""
