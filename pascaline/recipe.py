@@ -163,12 +163,13 @@ class Ledger(Table):
 
 
 class Recipe(Table):
-    """The whole chain. `model` is a preset name plus overrides (pascaline.model.config). `ledger` is no part of what a run is: it
-    goes on with another one."""
+    """The whole chain. `model` is a preset name plus overrides (pascaline.model.config); sinks: tools that are given the rows of
+    metrics.jsonl too. `sinks` and `ledger` are no part of what a run is: it goes on with others."""
 
     seed: int = Field(1, ge=0)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    sinks: list[Literal["tensorboard", "wandb", "trackio"]] = []
     corpus: Corpus = Corpus()
     puzzles: dict[str, Puzzle] = {}
     tokenizer: Tokenizer = Tokenizer()

@@ -37,6 +37,7 @@ from pascaline.tokenizer import Tokenizer
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
 from pascaline.train.schedule import ramp
+from pascaline.train.sinks import Sinks
 
 TOKENIZER_BYTES = 8_000_000  # of text to learn merges from; more changes little
 BATCH = 1000  # documents encoded at once
@@ -231,6 +232,7 @@ def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[s
     if name == "rl":
         rule = replace(rule, mtp=0.0, clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
     trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype)
+    trainer.sinks = Sinks(run.recipe.sinks, run.out, name)
     trainer.peak = 1e9 * peak(run.device, measured=not run.quiet).get(str(run.dtype).removeprefix("torch."), 0.0)
     if run.attempt:
         run.attempt.follow(lambda: (trainer.spent, trainer.totals))

@@ -28,6 +28,7 @@ from pascaline.train import checkpoint, losses, quarantine, schedule
 from pascaline.train.guard import Guard
 from pascaline.train.optim import Optimizer
 from pascaline.train.qkclip import QKClip
+from pascaline.train.sinks import Sinks
 
 SHOWN = ("reward", "accuracy", "response_tokens", "loss", "tokens_per_s", "gemm_share", "mfu", "grad_norm", "max_violation", "dead_experts")
 
@@ -56,6 +57,7 @@ class Trainer:
         self.totals = Totals()  # of the steps that stand, over all resumes
         self.spent = Totals()  # of this process, with the steps that a rewind threw away
         self.peak = 0.0  # FLOP/s of matrix products here; 0: not measured
+        self.sinks = Sinks()
         self.guard = Guard()
         self.metrics = Metrics(folder / "metrics.jsonl")
         self.rows: list[dict[str, Any]] = []  # that still have to go there: a full disk may get room again
@@ -65,7 +67,8 @@ class Trainer:
 
         Raises Stopped on SIGINT or SIGTERM once the step in progress is saved, BadInput if the guard gives up.
         """
-        with self.metrics, Interrupt() as interrupt, Progress(self.name, steps, enabled=not quiet) as progress:
+        shown = Progress(self.name, steps, enabled=not quiet)
+        with self.metrics, Interrupt() as interrupt, shown as progress, self.sinks.open(progress.note):
             step = self._resume(progress)
             while step < steps:
                 began, flops = time.perf_counter(), self.spent.flops
@@ -184,7 +187,7 @@ class Trainer:
         try:
             while self.rows:
                 self.metrics.append(self.rows[0])
-                self.rows.pop(0)
+                self.sinks.log(self.rows.pop(0))
         except OSError as e:
             if progress is None or not disk_full(e):
                 raise

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 import pascaline
 from pascaline.ledger import cost
-from pascaline.post import stages
+from pascaline.post import chain, stages
 from pascaline.recipe import STAGES, load, parse
 from pascaline.runs import Metrics, read_json
-from pascaline.train import checkpoint
+from pascaline.train import checkpoint, sinks
 
 COIN = Path(__file__).parent.parent / "coin.toml"
 ROW = {"name", "accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens", "seconds", "flops"}
@@ -202,16 +202,41 @@ def test_fresh_keeps_the_old_run_aside(tmp_path: Path) -> None:
     assert cost(out)["aside"]["ends"] == {"done": 2} and cost(out)["total"]["ratio"] > 1  # also without the old folders
 
 
-def test_a_run_goes_on_with_other_prices(coin_run: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_other_sinks_and_prices(coin_run: Path, tmp_path: Path) -> None:
     out = reopened(coin_run, tmp_path / "run", "rl")
     given = ("--set", "ledger.price=2.5", "--set", "ledger.watts=100", "--set", "ledger.currency=EUR")
     code, said, err = forked.call(tmp_path, "run", COIN, "--out", out, *given)
     assert code == 0 and weights(out) == weights(coin_run) and "EUR" in said and "100 W a device" in said, err
     assert load(out / "recipe.toml").ledger.price == 2.5
+    asked = load(COIN, {"sinks": ["tensorboard", "trackio"]})
+    assert chain._settle(asked, out).sinks == ["tensorboard", "trackio"]
     told = read_json(out / "06-eval" / "lineage.json") or {}
     assert told["cost"]["final"]["money"] == pytest.approx(2.5 * told["cost"]["final"]["device_hours"])
     code, said, err = forked.call(tmp_path, "run", COIN, "--out", out, "--set", "ledger.price=5")  # finished: told with this price
     assert code == 0 and "is done already" in said and "EUR" not in said and "money" in said, err
+
+
+TOLD = """
+class Run:
+    def log(self, metrics, step): print(step, metrics["loss"], "gemm_share" in metrics)
+    def finish(self): print("end")
+def init(project, name, **more): return Run()
+"""
+
+
+def test_the_sinks_of_the_recipe_get_each_training_stage(coin_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trackio.py").write_text(TOLD)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sinks, "PATIENCE", 60.0)
+    monkeypatch.setattr(stages, "peak", lambda device, measured: {} if measured else {"float32": 100.0})  # quiet: only what is known
+    out = reopened(coin_run, tmp_path / "run", "pretrain")
+    chain.run(COIN, out, {"sinks": ["trackio"]}, stage="sft", quiet=True)
+    rows = Metrics.read(out / "04-sft" / "metrics.jsonl")
+    assert (out / "sinks" / "trackio-sft.log").read_text().splitlines() == [f"{r['step']} {r['loss']} True" for r in rows] + ["end"]
+    assert all(0 < row["gemm_share"] < 1 for row in rows)
+    assert (out / "04-sft" / "model" / "model.safetensors").read_bytes() == (
+        coin_run / "04-sft" / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_mistake_found_in_the_first_stage_does_not_hold_the_folder(tmp_path: Path) -> None:
