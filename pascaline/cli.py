@@ -89,30 +89,45 @@ def chat(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="a run's folder")], as_json: Json = False) -> None:
-    """Show what a run measured, or how far it is, and where its report.html is."""
+def report(
+    folder: Annotated[Path, typer.Argument(help="a run's folder")],
+    price: Annotated[float | None, typer.Option(help="of a device-hour, instead of the recipe's", min=0)] = None,
+    watts: Annotated[float | None, typer.Option(help="of a device, instead of the recipe's", min=0)] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a run measured, or how far it is, what it has cost, and where its report.html is."""
+    from pascaline import ledger
     from pascaline.runs import read_json
 
     found = read_json(folder / "report.json")
     if found is None and not folder.is_dir():
         raise BadInput(f"there is no folder {folder}.")
+    given = {key: value for key, value in (("price", price), ("watts", watts)) if value is not None}
+    cost = ledger.cost(folder, ledger.told(folder).model_copy(update=given))
     if found is None:
-        _show_standing(folder, as_json)
-    elif as_json:
+        _show_standing(folder, cost, as_json)
+        return
+    found |= {"ledger": cost}
+    if as_json:
         print(json.dumps(found))
     else:
         _show(found, folder, done=False)
         print(f"\nWith plots: {folder / 'report.html'}")
 
 
-def _show_standing(folder: Path, as_json: bool) -> None:
-    from pascaline.eval.live import draw, standing, standing_text
+def _show_standing(folder: Path, cost: dict[str, Any], as_json: bool) -> None:
+    from pascaline.eval.live import draw, standing, standing_table
+    from pascaline.eval.report import aligned, cost_text
 
     stages = standing(folder)
-    if not stages:
-        raise BadInput(f"{folder} holds no training stage that has begun, so there is nothing to report yet.")
-    page = draw(folder)
-    print(json.dumps({"training": stages}) if as_json else f"{standing_text(stages)}\n\nSo far, with plots: {page}")
+    if not stages and not cost:
+        raise BadInput(f"{folder} holds no stage that has begun, so there is nothing to report yet.")
+    page = draw(folder, cost)
+    if as_json:
+        print(json.dumps({"training": stages, "ledger": cost}))
+        return
+    tables = [aligned(standing_table(stages))] * bool(stages) + [cost_text(cost)] * bool(cost)
+    print("\n\n".join([*tables, f"So far, with plots: {page}"]))
 
 
 @app.command()
@@ -126,7 +141,7 @@ def doctor(as_json: Json = False) -> None:
         "versions": runs.versions(),
         "device": str(chosen),
         "dtype": str(device.best_dtype(chosen)).removeprefix("torch."),
-        "gemm_gflops": device.measure(chosen),
+        "gemm_gflops": device.peak(chosen, again=True),
     }
     if as_json:
         print(json.dumps(facts))

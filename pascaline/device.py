@@ -72,13 +72,29 @@ def best_dtype(device: "str | torch.device" = "cpu") -> "torch.dtype":
     import torch
 
     device = torch.device(device)
-    key = f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    path = cache_folder() / "device.json"
+    key, path = _key(device), cache_folder() / "device.json"
     speedup = _recall(path).get(key)
     if not isinstance(speedup, int | float) or isinstance(speedup, bool) or not 0 < speedup < math.inf:
         speedup = _speedup(device)
-        _remember(path, key, speedup)
+        _remember(path, key, round(speedup, 3))
     return torch.bfloat16 if speedup >= MARGIN else torch.float32
+
+
+def peak(device: "str | torch.device" = "cpu", measured: bool = True, again: bool = False) -> dict[str, float]:
+    """What `measure` gives, kept like `best_dtype`'s answer and so measured once. measured: may be; else {} where nothing is kept.
+    again: even if something is (this machine may have been busy then)."""
+    import torch
+
+    device = torch.device(device)
+    key, path = f"{_key(device)}, peak", cache_folder() / "device.json"
+    kept = None if again else _recall(path).get(key)
+    if isinstance(kept, dict) and all(isinstance(v, int | float) and 0 <= v < math.inf for v in kept.values()):
+        return kept
+    if not measured:
+        return {}
+    found = {name: round(value, 1) for name, value in measure(device).items()}
+    _remember(path, key, found)
+    return found
 
 
 def measure(device: "str | torch.device" = "cpu") -> dict[str, float]:
@@ -166,8 +182,14 @@ def _recall(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _remember(path: Path, key: str, speedup: float) -> None:
+def _key(device: "torch.device") -> str:
+    import torch
+
+    return f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _remember(path: Path, key: str, found: Any) -> None:
     try:
-        write_atomic(path, json.dumps(_recall(path) | {key: round(speedup, 3)}, indent=1) + "\n")
+        write_atomic(path, json.dumps(_recall(path) | {key: found}, indent=1) + "\n")
     except OSError:
         return  # read-only home, full disk: the next process measures again

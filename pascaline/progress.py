@@ -1,4 +1,4 @@
-"""One live line for a long stage on a terminal; a few plain lines elsewhere, so that a log shows life."""
+"""A few live lines for a long stage on a terminal; a few plain lines elsewhere, so that a log shows life."""
 
 import sys
 import time
@@ -6,8 +6,11 @@ from collections import deque
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from pascaline.stopping import Screen
+
 REDRAW = 0.1  # seconds between two renderings, so that a loop of 1000 steps a second is not slowed
 QUIET_GAP = 1.0  # seconds between two plain lines, so that a stage of a second does not write ten
+BAR = 40  # columns, at most
 WINDOW = 64  # samples of (time, step) for the speed: steps get longer as responses do
 
 
@@ -16,7 +19,7 @@ class Progress:
 
     step: steps done so far, out of `total` (None: unknown). A resumed stage begins at its first update's step.
     facts: numbers or short strings, shown in order; None and lists are left out; `_per_` in a name reads "/".
-    On a terminal a bar, elapsed time, ETA and facts; else a line at the start, at most one per tenth, one at the end.
+    On a terminal a bar with elapsed time and ETA, and the facts below it; else a line at the start, at most one per tenth, one at the end.
     enabled=False shows nothing (other ranks, --json).
     """
 
@@ -34,7 +37,7 @@ class Progress:
         self.facts: dict[str, Any] = {}
         self._file = file if file is not None else sys.stderr
         self._live: Any = None
-        self._task: Any = None
+        self._widths: dict[str, int] = {}
         self._began = self._shown = self._said = time.monotonic()
         self._tenth = 0
         self._speed: deque[tuple[float, int]] = deque(maxlen=WINDOW)
@@ -60,8 +63,7 @@ class Progress:
             self._speed.append((self._began, step - 1))
         self._speed.append((now, step))
         if self._live is not None:
-            self._live.update(self._task, completed=step, right=self._text(now))
-            return
+            return  # it looks by itself, four times a second
         tenth = 10 * step // self.total if self.total else int((now - self._began) / 30)
         if now - self._said >= QUIET_GAP and tenth > self._tenth and step != self.total:
             self._tenth, self._said = tenth, now
@@ -78,38 +80,70 @@ class Progress:
         if not self.enabled:
             return
         whole = kind is None and (self.total is None or self.step >= self.total)
+        said = f"{self.stage}: {'done' if whole else 'stopped'}, {self._text(time.monotonic(), eta=False)}"
         if self._live is not None:
             self._live.stop()
-        self._say(f"{self.stage}: {'done' if whole else 'stopped'}, {self._text(time.monotonic(), eta=False)}")
+            Screen.live = False
+            while len(said) > self._live.console.width and "  " in said:  # whole facts, no wrapped ones
+                said = said.rpartition("  ")[0]
+        self._say(said)
 
     def _start_live(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Live
-        from rich.table import Column
+        from rich.live import Live
 
-        facts = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-        # What is printed to the terminal meanwhile goes above the line; a piped stdout is not touched (--json).
+        console = Console(file=self._file)
+        # What is printed to the terminal meanwhile goes above the block; a piped stdout is not touched (--json).
         self._live = Live(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[right]}", markup=False, table_column=facts),
-            console=Console(file=self._file),
-            expand=True,
+            get_renderable=lambda: self._block(console.width),
+            console=console,
             transient=True,
             redirect_stdout=sys.stdout.isatty(),
             refresh_per_second=4,
         )
+        Screen.live, Screen.wish = True, ""
         self._live.start()
-        self._task = self._live.add_task(self.stage, total=self.total, right=self._count(0))
+
+    def _block(self, width: int) -> Any:
+        """Bar, count, time and ETA; below, in lines of `width` columns, the facts."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        right = "  ".join(self._clock(time.monotonic()))
+        room = width - len(self.stage) - len(right) - 2
+        first = Table.grid(padding=(0, 1))
+        if room >= 5:
+            bar = ProgressBar(self.total, self.step, width=min(room, BAR), pulse=self.total is None)
+            first.add_row(Text(self.stage, style="bold"), bar, Text(right, no_wrap=True))
+        else:
+            first.add_row(Text(f"{self.stage} {right}", no_wrap=True, overflow="ellipsis"))
+        rest = [Text(line, no_wrap=True, overflow="ellipsis") for line in self._lines(width)]
+        return Group(first, *rest, *[Text(Screen.wish, style="yellow")] * bool(Screen.wish))
+
+    def _lines(self, width: int) -> list[str]:
+        """The facts, each as wide as it has ever been, so that they do not dance."""
+        lines = [""]
+        for name, value in self.facts.items():
+            if _shows(value):
+                text = f"{label(name)} {number(value, name)}"
+                self._widths[name] = max(len(text), self._widths.get(name, 0))
+                if lines[-1] and len(lines[-1]) + self._widths[name] > width:
+                    lines.append("")
+                lines[-1] += text.ljust(self._widths[name] + 2)
+        return [line.rstrip() for line in lines if line]
 
     def _text(self, now: float, eta: bool = True) -> str:
+        # Facts last: whoever cuts the line cuts its end.
+        return "  ".join(
+            self._clock(now, eta) + [f"{label(name)} {number(value, name)}" for name, value in self.facts.items() if _shows(value)]
+        )
+
+    def _clock(self, now: float, eta: bool = True) -> list[str]:
         parts = [self._count(self.step), duration(now - self._began)]
         left = self._left() if eta else None
-        if left is not None:
-            parts.append(f"ETA {duration(left)}")
-        # Facts last: a narrow terminal cuts the end of the line.
-        return "  ".join(parts + [f"{label(name)} {number(value)}" for name, value in self.facts.items() if _shows(value)])
+        return parts if left is None else [*parts, f"ETA {duration(left)}"]
 
     def _count(self, step: int) -> str:
         return f"{step} {self.unit}s" if self.total is None else f"{step}/{self.total} {self.unit}s"
@@ -127,11 +161,14 @@ class Progress:
 
 def label(name: str) -> str:
     """`tokens_per_s` -> `tokens/s`, `grad_norm` -> `grad norm`."""
-    return name.replace("_per_", "/").replace("_", " ")
+    return name.replace("_per_", "/").replace("_", " ").replace("gemm", "GEMM").replace("mfu", "MFU")
 
 
-def number(value: Any) -> str:
-    """Three significant digits, a letter for large numbers: 0.0123, 1.23, 12.3k, 4.5M; small whole numbers in full."""
+def number(value: Any, name: str = "") -> str:
+    """Three significant digits, a letter for large numbers: 0.0123, 1.23, 12.3k, 4.5M; small whole numbers in full. A share of the
+    machine's peak, by its name, in percent."""
+    if name in ("gemm_share", "mfu"):
+        return f"{100 * value:.1f}%"
     if not isinstance(value, int | float) or isinstance(value, bool):
         return str(value)
     if isinstance(value, int) and abs(value) < 10_000:

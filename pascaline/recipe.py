@@ -153,12 +153,23 @@ class Eval(Table):
     max_tokens: int = Field(256, ge=1)
 
 
+class Ledger(Table):
+    """What a run costs (docs/watching.md). watts: power of a device, for an estimate of energy; price: money an hour of a device costs, in
+    `currency`. 0: not told."""
+
+    watts: float = Field(0.0, ge=0)
+    price: float = Field(0.0, ge=0)
+    currency: str = ""
+
+
 class Recipe(Table):
-    """The whole chain. `model` is a preset name plus overrides (pascaline.model.config)."""
+    """The whole chain. `model` is a preset name plus overrides (pascaline.model.config); sinks: tools that are given the rows of
+    metrics.jsonl too. `sinks` and `ledger` are no part of what a run is: it goes on with others."""
 
     seed: int = Field(1, ge=0)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    sinks: list[Literal["tensorboard", "wandb", "trackio"]] = []
     corpus: Corpus = Corpus()
     puzzles: dict[str, Puzzle] = {}
     tokenizer: Tokenizer = Tokenizer()
@@ -167,6 +178,7 @@ class Recipe(Table):
     sft: Sft = Sft()
     rl: Rl = Rl()
     eval: Eval = Eval()
+    ledger: Ledger = Ledger()
 
 
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:

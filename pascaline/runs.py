@@ -328,24 +328,15 @@ def lineage(
     *,
     parents: Sequence[str | os.PathLike[str]] = (),
     seed: int | None = None,
-    seconds: float | None = None,
-    flops: float | None = None,
-    devices: int = 1,
-    price: float | None = None,
     accelerator: str | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Write folder/lineage.json: where this folder came from and what it cost. Returns what was written.
+    """Write folder/lineage.json: where this folder came from, and whatever facts. Returns what was written.
 
     parents: folders read (a Path is stored relative to `folder`, so that a moved tree still points right; a str as is).
-    seconds: wall clock over all resumes; device_hours = seconds * devices / 3600. price: money per device-hour.
     """
-    hours = None if seconds is None else seconds * devices / 3600
     ancestors = [parent if isinstance(parent, str) else os.path.relpath(parent, folder) for parent in parents]
     told: dict[str, Any] = {"parents": ancestors, "commit": git_commit(), "versions": versions()}
-    told |= {"machine": machine(accelerator), "seed": seed, "seconds": seconds, "flops": flops, "device_hours": hours}
-    if price is not None:
-        told |= {"price_per_device_hour": price, "money": None if hours is None else price * hours}
-    told |= facts
+    told |= {"machine": machine(accelerator), "seed": seed, **facts}
     write_json(Path(folder) / "lineage.json", told)
     return told

@@ -63,6 +63,18 @@ class Interrupt:
         # `timeout` signals the process and then its group, so the same wish may come twice within a moment.
         if self.requested and number == signal.SIGINT and time.monotonic() - self._since > 0.1:
             raise KeyboardInterrupt
-        if not self.requested and os.isatty(2):
-            os.write(2, b"\nstopping at the next step; Ctrl-C again stops at once\n")  # print is not safe in a handler
+        if Screen.live:
+            Screen.wish = WISH
+        elif not self.requested and os.isatty(2):
+            os.write(2, f"\n{WISH}\n".encode())  # print is not safe in a handler
         self.request(polite=number == signal.SIGTERM)
+
+
+WISH = "stopping at the next step; Ctrl-C again stops at once"
+
+
+class Screen:
+    """Who says the wish: a live display, which would be torn by words between its lines, or the signal's handler."""
+
+    live = False
+    wish = ""

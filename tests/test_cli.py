@@ -1,5 +1,6 @@
 """The command line: a mistake is one sentence and exit code 2, Ctrl-C is 130, --json is one object, a chat can be held."""
 
+import importlib.util
 import json
 import os
 import select
@@ -26,7 +27,7 @@ Refused = Callable[..., str]
 
 
 def program(*arguments: object, **more: Any) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     command = [PROGRAM, *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment, **more)
 
@@ -91,6 +92,8 @@ def test_the_real_program(arguments: list[str], words: str, tmp_path: Path) -> N
         ("sed=1", "did you mean 'seed'?"),
         ("pretrain.lr=fast", "pretrain.lr = 'fast' is wrong"),
         ("rl.samples=1", "greater than or equal to 2"),
+        ("ledger.price=-1", "greater than or equal to 0"),
+        ("ledger.wats=60", "did you mean 'watts'?"),
         ("puzzles.countdown.tracs=5", "did you mean 'traces'?"),
         ("puzzles.countdown.dials.numbrs=3", "did you mean 'numbers'?"),
         ("puzzles.countdown.quality.plantd=0.3", "did you mean 'planted'?"),
@@ -120,6 +123,22 @@ def test_a_mistake_in_the_file(refused: Refused, tmp_path: Path) -> None:
     setting = f'corpus.sources=["{tmp_path}/empty"]'
     assert "give an empty corpus" in refused("run", TINY, "--out", tmp_path / "run", "--set", setting)
     assert {p.name for p in tmp_path.iterdir()} == {"mine.toml", "empty"}
+
+
+def test_a_sink_that_is_not_installed_is_refused_before_anything_starts(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
+    said = refused("run", TINY, "--out", tmp_path / "run", "--set", 'sinks=["wandb"]')
+    assert "sinks: wandb is not installed" in said and "pip install wandb" in said and "pascaline[watch]" in said
+    assert "should be 'tensorboard', 'wandb' or 'trackio'" in refused("run", TINY, "--out", tmp_path / "run", "--set", 'sinks=["wand"]')
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "trackio").mkdir()  # the folder that such a tool leaves is not the tool
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    assert "sinks: trackio is not installed" in refused("run", TINY, "--out", tmp_path / "run", "--set", 'sinks=["trackio"]')
 
 
 def test_folders_that_are_no_run(refused: Refused, tmp_path: Path) -> None:

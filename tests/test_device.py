@@ -98,6 +98,20 @@ def test_the_measurement_itself(cache: Path) -> None:
     assert torch.equal(state, torch.get_rng_state())  # a resumed run, which does not measure, must draw the same numbers
 
 
+def test_the_peak_is_measured_once_and_not_when_forbidden(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [{"float32": 50.04, "bfloat16": 0.0}, {"float32": 70.0, "bfloat16": 9.0}]
+    monkeypatch.setattr(device, "measure", lambda _: left.pop(0))
+    assert device.peak("cpu", measured=False) == {} and len(left) == 2
+    assert device.peak("cpu") == device.peak("cpu") == device.peak("cpu", measured=False) == {"float32": 50.0, "bfloat16": 0.0}
+    assert len(left) == 1 and len(json.loads(cache.read_text())) == 1
+    fixed(monkeypatch, 3.0)
+    assert device.best_dtype("cpu") == torch.bfloat16  # both in one file
+    assert device.peak("cpu", again=True) == device.peak("cpu") == {"float32": 70.0, "bfloat16": 9.0} and device.best_dtype("cpu")
+    cache.write_text(json.dumps({key: {"float32": "fast"} for key in json.loads(cache.read_text())}))
+    left.append({"float32": 1.0, "bfloat16": 1.0})
+    assert device.peak("cpu") == {"float32": 1.0, "bfloat16": 1.0}
+
+
 def test_measure_gives_gflops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "PEAK_CPU", ((1, 256, 256, 256), (2, 128, 128, 128)))
     peak = device.measure("cpu")

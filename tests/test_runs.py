@@ -189,15 +189,11 @@ def test_lineage(tmp_path: Path) -> None:
         tmp_path / "02",
         parents=[tmp_path / "01", "org/model"],
         seed=7,
-        seconds=1800,
-        flops=1e15,
-        devices=4,
-        price=3.0,
         tokens=5,
     )
     assert runs.read_json(tmp_path / "02" / "lineage.json") == told
     assert told["parents"] == ["../01", "org/model"]
-    assert (told["device_hours"], told["money"], told["tokens"]) == (2.0, 6.0, 5)
+    assert (told["seed"], told["tokens"]) == (7, 5)
     assert told["machine"]["cores"] >= 1 and told["machine"]["cpu"] and told["machine"]["memory_gib"] > 0
     assert told["versions"]["python"].startswith("3.") and set(told["versions"]) == {
         "python",
@@ -334,6 +330,49 @@ def test_resume_stop_and_unknown_total(monkeypatch: pytest.MonkeyPatch) -> None:
     with Progress("x", 3, file=file, enabled=False) as line:
         line.update(3)
     assert "x" not in file.getvalue()
+
+
+@pytest.mark.parametrize("width", [16, 40, 60, 80, 120])
+def test_the_live_block_fits_and_shows_everything(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    now, line = fake_clock(monkeypatch), Progress("pretrain", 10, file=Terminal())
+    facts = {"loss": 3.21, "tokens_per_s": 12345.0, "gemm_share": 0.4167, "grad_norm": 0.52, "max_violation": 0.31, "dead_experts": 0}
+    with line:
+        for step in range(1, 5):
+            now[0] += 2
+            line.update(step, **facts, expert_load=[[1.0]], **{"loss spike": 2})
+        console = Console(file=io.StringIO(), width=width)
+        console.print(line._block(width))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert all(len(text) <= width for text in lines) and (len(lines) <= 4 or width < 60)
+    if width >= 40:
+        assert lines[0].startswith("pretrain ") and lines[0].split()[-7:] == ["4/10", "steps", "8.0", "s", "ETA", "12", "s"]
+        assert ("━" in lines[0]) == (width >= 60)
+        facts_shown = "  ".join(lines[1:]).split("  ")
+        assert [text.strip() for text in facts_shown if text.strip()] == [
+            "loss 3.21", "tokens/s 12.3k", "GEMM share 41.7%", "grad norm 0.52", "max violation 0.31", "dead experts 0", "loss spike 2",
+        ]  # fmt: skip
+
+
+def test_facts_do_not_dance(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Progress("x", 9, file=io.StringIO())
+    line.facts = {"loss": 10.25, "grad_norm": 0.123}
+    before = line._lines(80)[0].index("grad")
+    line.facts = {"loss": 9, "grad_norm": 0.123}
+    assert line._lines(80)[0].index("grad") == before
+
+
+def test_ctrl_c_is_answered_inside_the_block() -> None:
+    from pascaline.stopping import WISH
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Interrupt() as stop, Progress("rl", 3, file=Terminal()) as line:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested and WISH in str([getattr(part, "plain", "") for part in line._block(80).renderables])
+    with Progress("rl", 3, file=Terminal()) as line:  # the next one begins without
+        assert WISH not in str([getattr(part, "plain", "") for part in line._block(80).renderables])
+    signal.signal(signal.SIGINT, before)
 
 
 def test_live_line_is_cheap_and_harmless(capsys: pytest.CaptureFixture[str]) -> None:

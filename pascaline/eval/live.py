@@ -5,13 +5,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pascaline.eval.report import aligned, clock, count, report_html
-from pascaline.progress import number
+from pascaline.eval.report import clock, count, report_html
+from pascaline.progress import label, number
 from pascaline.recipe import STAGES
 from pascaline.runs import Metrics, is_complete, write_atomic
 
 LATEST = 20  # steps whose mean is shown: one step is noisy
-MEASURED = ("loss", "reward", "grad_norm", "max_violation", "dead_experts", "tokens_per_s")
+MEASURED = ("loss", "reward", "tokens_per_s", "gemm_share", "mfu", "grad_norm", "max_violation", "dead_experts")
 
 
 def standing(out: Path) -> list[dict[str, Any]]:
@@ -30,20 +30,22 @@ def standing(out: Path) -> list[dict[str, Any]]:
     return stages
 
 
-def standing_text(stages: list[dict[str, Any]]) -> str:
-    """The same for a terminal, a row a stage."""
-    head = ["stage", "steps", "tokens", "time", *(key.replace("_per_", "/").replace("_", " ") for key in MEASURED), "guard"]
+def standing_table(stages: list[dict[str, Any]]) -> list[list[str]]:
+    """The same to be read: a head, and a row a stage."""
+    shown = [key for key in MEASURED if any(stage[key] is not None for stage in stages)]
+    head = ["stage", "steps", "tokens", "time", *map(label, shown), "guard"]
     rows = [
         [stage["name"], f"{count(stage['steps'])}{' (all)' if stage['done'] else ''}", count(stage["tokens"]), clock(stage["seconds"])]
-        + ["-" if stage[key] is None else number(stage[key]) for key in MEASURED]
+        + ["-" if stage[key] is None else number(stage[key], key) for key in shown]
         + [", ".join(f"{n} {kind}" for kind, n in stage["guard"].items()) or "-"]
         for stage in stages
     ]
-    return aligned([head, *rows])
+    return [head, *rows]
 
 
-def draw(out: Path) -> Path:
-    """Write OUT/report.html with the curves there are; its path."""
+def draw(out: Path, cost: dict[str, Any]) -> Path:
+    """Write OUT/report.html with the curves there are, and what `ledger.cost` gave; its path."""
+    found = standing(out)
     curves = {name: Metrics.read(out / f"{i + 1:02d}-{name}" / "metrics.jsonl") for i, name in enumerate(STAGES)}
-    write_atomic(out / "report.html", report_html({}, curves))
+    write_atomic(out / "report.html", report_html({"standing": standing_table(found) if found else [], "ledger": cost}, curves))
     return out / "report.html"

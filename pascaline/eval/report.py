@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pascaline.eval import plots
+from pascaline.progress import number as short
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 NONE = "-"
@@ -21,13 +22,14 @@ def report_html(report: Mapping[str, Any], curves: Curves) -> str:
 
     # All values are escaped by default; only the drawings made here go in as they are.
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "count": count, "flops": flops, "time": clock, "points": points}
+    environment.filters |= {"percent": percent, "count": count, "flops": flops, "time": clock, "points": points, "cost_note": cost_note}
+    tables = {"standing": report.get("standing"), "cost": cost_table(report.get("ledger") or {})}
+    facts = {key: report.get(key) or {} for key in ("gain", "versions", "machine", "ledger")}
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     drawn = _sections(report, curves)
     sections = [(name, note, [Markup(svg) for svg in svgs if svg]) for name, note, svgs in drawn if any(svgs)]
     told = {key: report.get(key) or [] for key in ("stages", "protocols", "examples")}
-    facts = {key: report.get(key) or {} for key in ("gain", "versions", "machine")}
-    return template.render(**told, **facts, recipe=report.get("recipe"), seed=report.get("seed"), sections=sections)
+    return template.render(**told, **facts, **tables, recipe=report.get("recipe"), seed=report.get("seed"), sections=sections)
 
 
 def table_text(report: Mapping[str, Any]) -> str:
@@ -45,9 +47,48 @@ def table_text(report: Mapping[str, Any]) -> str:
     if rows:
         parts.append(aligned([head, *rows]))
     gain = report.get("gain") or {}
+    if report.get("ledger"):
+        parts.append(cost_text(report["ledger"]))
     if gain.get("points") is not None:
         parts.append(f"RL gain: {points(gain['points'])} points (95% interval {_between(gain, points)})")
     return "\n\n".join(parts)
+
+
+def cost_table(cost: Mapping[str, Any]) -> list[list[str]]:
+    """What `ledger.cost` gives, to be read: a head, a row a stage, one for runs set aside, one for the sum. [] without."""
+    if not cost:
+        return []
+    units = {"device_hours": "device-hours", "flops": "FLOPs", "kwh": "kWh", "money": cost["currency"] or "money"}
+    keys = [key for key in units if cost["total"]["all"][key] is not None]
+    head = ["cost", "attempts", *(name for key in keys for name in (units[key], "all")), "all/final"]
+    rows = [{"name": "set aside", **cost["aside"]}] if "aside" in cost else []
+    rows = [*cost["stages"], *rows, {"name": "in total", **cost["total"]}]
+    return [head, *([row["name"], _attempts(row.get("ends", {})), *_spent(row, keys), _ratio(row)] for row in rows)]
+
+
+def _attempts(ends: Mapping[str, int]) -> str:
+    """3 (2 killed); one that is done needs no word."""
+    count = sum(ends.values())
+    bad = ", ".join(f"{n} {end}" if count > 1 else end for end, n in ends.items() if end != "done")
+    return f"{count}{f' ({bad})' * bool(bad)}" if ends else ""
+
+
+def _spent(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    forms = {"flops": flops}
+    return [forms.get(key, number)(row.get(when, {}).get(key)) for key in keys for when in ("final", "all")]
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    return NONE if _absent(row.get("ratio")) else f"{row['ratio']:.2f}"
+
+
+def cost_note(cost: Mapping[str, Any]) -> str:
+    watts = f" Energy is an estimate: {cost['watts']:g} W a device." if cost["watts"] else ""
+    return f"First column of each pair: what the steps that stand have cost. Second: all attempts, failed and repeated ones too.{watts}"
+
+
+def cost_text(cost: Mapping[str, Any]) -> str:
+    return f"{aligned(cost_table(cost))}\n{cost_note(cost)}"
 
 
 def percent(value: float | None) -> str:
@@ -67,6 +108,11 @@ def count(value: float | None) -> str:
     if value == int(value):
         return f"{int(value):,}"
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}".rstrip("0")
+
+
+def number(value: float | None) -> str:
+    """Three significant digits: 0.0123, 12.3k"""
+    return NONE if value is None or _absent(value) else short(value)
 
 
 def flops(value: float | None) -> str:

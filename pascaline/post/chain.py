@@ -2,17 +2,19 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from pascaline.device import best_dtype, choose
 from pascaline.errors import BadInput, nearest
-from pascaline.post.check import check
+from pascaline.ledger import Attempt, cost, set_aside
+from pascaline.post.check import check, check_sinks
 from pascaline.recipe import STAGES, Recipe, differences, load, to_toml
 from pascaline.runs import TEMPORARY, Lock, complete, is_complete, read_json, write_atomic, write_json
 
 RESOLVED_LATER = ("device", "dtype")  # "auto" in a recipe; a run keeps what it was resolved to
+WATCHING = ("sinks", "ledger")  # no part of what a run is: it goes on with what is asked now
+KEPT = (".lock", "ledger.jsonl")  # what --fresh leaves in place
 SHOWN = 8  # keys named when two recipes differ
 
 
@@ -37,6 +39,8 @@ def run(
     _refuse_foreign(out)
     if fresh or not _begun(out):
         check(parsed)
+    if fresh or not finished(out):
+        check_sinks(parsed)
     with Lock(out):
         if fresh:
             choose(parsed.device)  # what cannot work is said before anything is moved
@@ -44,7 +48,7 @@ def run(
         parsed = _settle(parsed, out)
         if finished(out) and (report := read_json(out / "report.json")):
             _ranks(parsed).tell()
-            return report
+            return report | {"ledger": cost(out, parsed.ledger)}
         return _run(parsed, out, stage, quiet)
 
 
@@ -68,12 +72,11 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
     for name in STAGES:
         if not is_complete(current.folder(name)):
             current.folder(name).mkdir(parents=True, exist_ok=True)
-            began = time.perf_counter()
             if name in stages.TOGETHER:
                 ranks.tell((recipe, name))
-            summary = work[name](current)
-            summary.setdefault("seconds", time.perf_counter() - began)
-            stages.record(current, name, summary)
+            with Attempt(out, name, ranks.size) as current.attempt:
+                summary = work[name](current)
+            stages.record(current, name)
             complete(current.folder(name), summary)
         if name == until != STAGES[-1]:
             break
@@ -128,7 +131,7 @@ def _finish(current: Any) -> dict[str, Any]:
 def _refuse_foreign(out: Path) -> None:
     """A folder with something else in it is left alone, not even a lock is put there."""
     inside = [p.name for p in out.iterdir()] if out.is_dir() else []
-    if "recipe.json" not in inside and any(name != ".lock" and not name.endswith(TEMPORARY) for name in inside):
+    if "recipe.json" not in inside and any(name not in KEPT and not name.endswith(TEMPORARY) for name in inside):
         raise BadInput(f"{out} is not empty and not a run of this program; choose another folder.")
 
 
@@ -146,6 +149,7 @@ def _settle(recipe: Recipe, out: Path) -> Recipe:
     for key in RESOLVED_LATER:
         if asked[key] == "auto":
             asked[key] = stored.get(key)
+    stored |= {key: asked[key] for key in WATCHING}
     different = differences(stored, asked)
     if different:
         keys = ", ".join(different[:SHOWN]) + (f" and {len(different) - SHOWN} more" if different[SHOWN:] else "")
@@ -161,11 +165,12 @@ def _write_recipe(recipe: Recipe, out: Path) -> None:
 def _set_aside(out: Path) -> None:
     """Move everything in `out` to the first free OUT.old-N; recipe.json last, so that a half-moved run is still known as one."""
     out = out.resolve()  # "." has no name
-    inside = sorted((p for p in out.iterdir() if p.name != ".lock"), key=lambda p: p.name == "recipe.json")
+    inside = sorted((p for p in out.iterdir() if p.name not in KEPT), key=lambda p: p.name == "recipe.json")
     if inside:
         number = 1
         while (old := out.with_name(f"{out.name}.old-{number}")).exists():
             number += 1
         old.mkdir()
+        set_aside(out, old)
         for path in inside:
             path.rename(old / path.name)

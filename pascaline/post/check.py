@@ -1,5 +1,6 @@
 """What a recipe asks for that cannot work, said before anything starts. Imports no torch, so that it is said at once."""
 
+import importlib.util
 import inspect
 import random
 from collections.abc import Mapping
@@ -33,6 +34,14 @@ def check(recipe: Recipe) -> None:
         next(documents(recipe.corpus.sources, recipe.corpus.max_bytes, lambda _: None), None)  # says what is missing or empty
     elif not any(t.traces for t in recipe.puzzles.values()):
         raise BadInput("the corpus would be empty: name corpus.sources or give a puzzle some traces.")
+
+
+def check_sinks(recipe: Recipe) -> None:
+    """Each sink must be installed; looked up without importing it. A folder of the same name in the current one is no package."""
+    for name in recipe.sinks:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:
+            raise BadInput(f"sinks: {name} is not installed; pip install {name} (or pascaline[watch] for all of them), or leave it out.")
 
 
 def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:

@@ -1,5 +1,6 @@
 """The last stage: every model of the chain on the same held-out problems, and the report of the whole run."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from pascaline.data.puzzles import Problem, Verdict
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.eval import passk, tasks
+from pascaline.ledger import Totals, cost
 from pascaline.model import hf
 from pascaline.post.stages import PLAIN_ANSWER, Run
 from pascaline.post.verifiers import verdict
@@ -18,6 +20,7 @@ from pascaline.train.loop import active_parameters
 
 VOTES = (1, 2, 4, 8, 16, 32)
 EXAMPLES = 3
+COST = ("seconds", "tokens", "flops")  # of a part
 SEED = 1_000_003  # of the evaluation problems: one set for every run, so that runs can be compared
 
 
@@ -49,7 +52,10 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, Any]]]]) -> dict[str, Any]:
-    engine, loaded, flops = None, "", 0.0
+    engine, loaded = None, ""
+    spent, stands = Totals(), Totals()
+    if run.attempt:
+        run.attempt.follow(lambda: (spent, stands))
     with run.progress("eval", len(pieces), "part") as progress, Interrupt() as interrupt:
         for i, (model, name, work) in enumerate(pieces):
             path = run.folder("eval") / "parts" / f"{name}.json"
@@ -59,15 +65,17 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
                     weights = hf.load(run.folder(model) / "model", run.dtype, run.device)
                     engine, loaded = Engine(weights, run.tokenizer()), model
                 assert engine is not None
-                before = engine.generated + engine.prefilled
+                before, began = engine.generated + engine.prefilled, time.perf_counter()
                 found = work(engine)
-                found["flops"] = 2.0 * active_parameters(engine.model) * (engine.generated + engine.prefilled - before)
+                found["tokens"] = engine.generated + engine.prefilled - before
+                found |= {"flops": 2.0 * active_parameters(engine.model) * found["tokens"], "seconds": time.perf_counter() - began}
+                spent.add(*(found[key] for key in COST))
                 write_json(path, found)
-            flops += found["flops"]
+            stands.add(*(found.get(key, 0) for key in COST))
             progress.update(i + 1, part=name, accuracy=found.get("accuracy"))
             if interrupt.requested:
                 raise interrupt.stopped(f"stopped after part {i + 1} of {len(pieces)} of the evaluation")
-    return {"flops": flops}
+    return {"tokens": stands.tokens}
 
 
 def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling) -> dict[str, Any]:
@@ -108,14 +116,13 @@ def report(run: Run) -> dict[str, Any]:
     measured = {"pretrain": parts["pretrain-plain"], "sft": parts[f"sft-{main}"], "rl": parts[f"rl-{main}"]}
     keys = ("accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens")
     rows = []
+    spent = cost(run.out)
+    final = {entry["name"]: entry["final"] for entry in spent.get("stages", [])}
     for name in STAGES:
-        summary = read_json(run.folder(name) / "done.json") or {}
-        facts = measured.get(name, {})
-        rows.append(
-            {"name": name, **{k: facts.get(k) for k in keys}, "seconds": summary.get("seconds"), "flops": summary.get("flops", 0.0)}
-        )
+        facts, own = measured.get(name, {}), final.get(name, {})
+        rows.append({"name": name, **{k: facts.get(k) for k in keys}, "seconds": own.get("seconds"), "flops": own.get("flops")})
     protocols = [
-        {"model": name.split("-")[0], **{k: v for k, v in part.items() if k not in ("by_problem", "examples", "flops")}}
+        {"model": name.split("-")[0], **{k: v for k, v in part.items() if k not in ("by_problem", "examples", *COST)}}
         for name, part in parts.items()
         if "temperature" in part
     ]
@@ -135,7 +142,7 @@ def report(run: Run) -> dict[str, Any]:
     return {
         "stages": rows, "protocols": protocols, "gain": {"points": 100 * gain, "low": 100 * low, "high": 100 * high},
         "majority": curve("majority"), "best_of": curve("best_of"), "votes_n": after["n"], "examples": examples,
-        "seed": run.recipe.seed, "versions": versions(),
+        "ledger": spent, "seed": run.recipe.seed, "versions": versions(),
         "machine": machine(None if run.device.type == "cpu" else str(run.device)) | {"dtype": str(run.dtype).removeprefix("torch."),
                                                                                      "threads": torch.get_num_threads()},
     }  # fmt: skip

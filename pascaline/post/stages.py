@@ -20,8 +20,10 @@ from pascaline.data.card import corpus_card, token_card
 from pascaline.data.loader import CorpusSamples, ListSamples, Loader, Samples
 from pascaline.data.mixture import Share, missing
 from pascaline.data.shards import Corpus, ShardWriter
+from pascaline.device import peak
 from pascaline.engine import Engine
 from pascaline.errors import BadInput
+from pascaline.ledger import Attempt, stage_cost
 from pascaline.model import hf
 from pascaline.model.transformer import Model
 from pascaline.post.check import model_config
@@ -36,6 +38,7 @@ from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
 from pascaline.train.parallel import ALONE, Ranks
 from pascaline.train.schedule import ramp
+from pascaline.train.sinks import Sinks
 
 TOGETHER = ("pretrain", "sft")  # stages that all ranks work at; the leader does the others alone
 TOKENIZER_BYTES = 8_000_000  # of text to learn merges from; more changes little
@@ -52,6 +55,7 @@ class Run:
     dtype: torch.dtype
     quiet: bool = False
     ranks: Ranks = ALONE
+    attempt: Attempt | None = None  # at the stage under way
 
     def folder(self, stage: str) -> Path:
         return self.out / f"{STAGES.index(stage) + 1:02d}-{stage}"
@@ -230,17 +234,22 @@ def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[s
     rule = Loss(mtp=stage.mtp if model.config.num_nextn_predict_layers else 0.0, balance=stage.sequence_balance, z=stage.z_loss)
     if name == "rl":
         rule = replace(rule, mtp=0.0, clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
-    trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype, run.ranks if name in TOGETHER else ALONE)
+    ranks = run.ranks if name in TOGETHER else ALONE
+    trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype, ranks)
+    if ranks.leader:
+        trainer.sinks = Sinks(run.recipe.sinks, run.out, name)
+    trainer.peak = 1e9 * peak(run.device, measured=not run.quiet).get(str(run.dtype).removeprefix("torch."), 0.0) * ranks.size
+    if run.attempt:
+        run.attempt.follow(lambda: (trainer.spent, trainer.totals))
     totals = trainer.run(source, steps, quiet=run.quiet)
-    if run.ranks.leader:
+    if ranks.leader:
         run.tokenizer().save(run.folder(name) / "model")
-    return {"steps": steps, "tokens": totals.tokens, "seconds": totals.seconds, "flops": totals.flops}
+    return {"steps": steps, "tokens": totals.tokens}
 
 
-def record(run: Run, name: str, summary: dict[str, Any]) -> None:
+def record(run: Run, name: str) -> None:
     """lineage.json of a finished stage."""
     before = STAGES[: STAGES.index(name)]
     parents = [run.folder(before[-1])] if before else []
-    lineage(run.folder(name), parents=parents, seed=run.recipe.seed, seconds=summary.get("seconds"), flops=summary.get("flops"),
-            devices=run.ranks.size, accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype),
-            stage=name)  # fmt: skip
+    lineage(run.folder(name), parents=parents, seed=run.recipe.seed, cost=stage_cost(run.out, name),
+            accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype), stage=name)  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pascaline.data.batch import Batch
 from pascaline.errors import BadInput
+from pascaline.ledger import Totals
 from pascaline.model import hf
 from pascaline.model.transformer import Model
 from pascaline.progress import Progress
@@ -29,8 +30,9 @@ from pascaline.train.guard import Guard, within
 from pascaline.train.optim import Optimizer
 from pascaline.train.parallel import ALONE, Ranks
 from pascaline.train.qkclip import QKClip
+from pascaline.train.sinks import Sinks
 
-SHOWN = ("reward", "accuracy", "response_tokens", "loss", "grad_norm", "max_violation", "tokens_per_s")
+SHOWN = ("reward", "accuracy", "response_tokens", "loss", "tokens_per_s", "gemm_share", "mfu", "grad_norm", "max_violation", "dead_experts")
 
 
 class Source(Protocol):
@@ -42,15 +44,6 @@ class Source(Protocol):
     def step(self, step: int) -> list[Batch]: ...
 
     def documents(self, step: int) -> list[quarantine.Names]: ...
-
-
-@dataclass
-class Totals:
-    """What a stage has cost so far, over all its resumes."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    flops: float = 0.0
 
 
 @dataclass
@@ -82,7 +75,10 @@ class Trainer:
         self.optimizer = Optimizer(model, stage, dtype, ranks)
         self.clipping = QKClip(model, self.optimizer, stage.qk_clip)
         self.routers = model.routers()
-        self.totals = Totals()
+        self.totals = Totals()  # of the steps that stand, over all resumes
+        self.spent = Totals()  # of this process, with the steps that a rewind threw away
+        self.peak = 0.0  # FLOP/s of matrix products here; 0: not measured
+        self.sinks = Sinks()
         self.guard = Guard()
         self.saver = checkpoint.Saver(folder, stage.keep_last, stage.keep_every, ranks)
         self.metrics = Metrics(folder / "metrics.jsonl")
@@ -97,7 +93,8 @@ class Trainer:
         Raises Stopped on SIGINT or SIGTERM once the step in progress is saved, BadInput if the guard gives up.
         """
         quiet = quiet or not self.ranks.leader
-        with self.metrics, self.saver, Interrupt() as interrupt, Progress(self.name, steps, enabled=not quiet) as progress:
+        shown = Progress(self.name, steps, enabled=not quiet)
+        with self.metrics, self.saver, Interrupt() as interrupt, shown as progress, self.sinks.open(progress.note):
             step = self._resume(progress)
             while step < steps:
                 self._launch(source, step, steps, interrupt)
@@ -147,11 +144,8 @@ class Trainer:
 
     def _totals(self, batches: list[Batch]) -> dict[str, float]:
         """The weight of each stream over all ranks' batches of a step, and their tokens."""
-        own = losses.totals(batches)
-        summed = self.ranks.sum(
-            torch.tensor(list(own.values()), dtype=torch.float64, device=self.model.device if self.ranks.mesh else None)
-        )
-        return dict(zip(own, summed.tolist(), strict=True))
+        found = self.ranks.gather(losses.totals(batches))
+        return {name: sum(own[name] for own in found) for name in found[0]}
 
     def _update(self, step: int, steps: int, lr: float, limits: tuple[float, float], values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum `values` over the ranks and change the weights with the collected gradients, unless they are out of the guard's limits:
@@ -219,10 +213,12 @@ class Trainer:
         """Add the step to the totals, the metrics and the progress line."""
         now = time.perf_counter()
         seconds, self.settled = now - max(one.began, self.settled), now
-        self.totals.seconds += seconds
-        self.totals.tokens += row["tokens"]
-        self.totals.flops += row["tokens"] * self.flops_per_token + row.get("rollout_flops", 0.0)
+        flops = row["tokens"] * self.flops_per_token + row.get("rollout_flops", 0.0)
+        for totals in (self.totals, self.spent):
+            totals.add(seconds, row["tokens"], flops)
         row |= {"tokens_per_s": row["tokens"] / seconds, "seconds": self.totals.seconds}
+        if self.peak:
+            row["mfu" if self.model.device.type == "cuda" else "gemm_share"] = flops / seconds / self.peak
         if self.ranks.leader:
             self.rows.append({"step": one.step, **row})
             self._log(progress)
@@ -230,7 +226,7 @@ class Trainer:
 
     def _rewind(self, step: int, progress: Progress) -> int:
         """Back to the last checkpoint from before the loss began to rise, if there still is one; the step to go on with."""
-        rule, counts, totals = self.stage.guard, self.guard.counts, self.totals
+        rule, counts = self.stage.guard, self.guard.counts
         trouble = f"{self.name} step {step}: the loss has been more than {rule.margin:g} above its best {self.guard.best:.3g} for " \
                   f"{rule.patience} steps"  # fmt: skip
         self._saved(progress, must=False)
@@ -240,7 +236,7 @@ class Trainer:
                            f"harder ({self.name}.clip), or look at the data.")  # fmt: skip
         early = [s for s in saved if s <= step - self.guard.since_best] or saved[:1]
         before = self._restore(reversed(early), progress)
-        self.guard.counts, self.totals = counts, totals  # what was spent is spent
+        self.guard.counts = counts
         self.guard.rewound(step - before)
         self._forget_after(before)
         self._save(before, progress, must=True)
@@ -282,7 +278,7 @@ class Trainer:
         try:
             while self.rows:
                 self.metrics.append(self.rows[0])
-                self.rows.pop(0)
+                self.sinks.log(self.rows.pop(0))
         except OSError as e:
             if progress is None or not disk_full(e):
                 raise

@@ -7,7 +7,9 @@ from pathlib import Path
 import forked
 import pytest
 
-from pascaline.eval.live import draw, standing, standing_text
+from pascaline.eval.live import draw, standing, standing_table
+from pascaline.eval.report import aligned
+from pascaline.recipe import STAGES
 from pascaline.runs import Metrics
 
 
@@ -37,11 +39,27 @@ def test_each_stage_that_has_begun(half: Path) -> None:
 
 def test_the_command_shows_it_and_draws_the_page(half: Path, tmp_path: Path) -> None:
     code, out, err = forked.call(tmp_path, "report", half)
-    assert (code, err) == (0, "") and standing_text(standing(half)) in out and str(half / "report.html") in out
+    assert (code, err) == (0, "") and aligned(standing_table(standing(half))) in out and str(half / "report.html") in out
     assert "1 loss spike" in out and "(all)" in out and (half / "report.html").read_text().count("<svg") >= 3
     code, out, err = forked.call(tmp_path, "report", half, "--json")
     assert code == 0 and [stage["name"] for stage in json.loads(out)["training"]] == ["pretrain", "sft"]
 
 
+def test_the_cost_is_shown_and_the_price_may_be_given_later(half: Path, tmp_path: Path) -> None:
+    code, out, _ = forked.call(tmp_path, "report", half)
+    assert code == 0 and "all/final" in out and "kWh" not in out and "money" not in out
+    page = (half / "report.html").read_text()
+    assert "<h2>Cost</h2>" in page and "<h2>So far</h2>" in page and "all/final" in page
+    code, out, _ = forked.call(tmp_path, "report", half, "--price", 3, "--watts", 200)
+    assert code == 0 and "kWh" in out and "money" in out and "200 W a device" in out and "kWh" in (half / "report.html").read_text()
+    code, out, _ = forked.call(tmp_path, "report", half, "--price", 3, "--watts", 200, "--json")
+    told = json.loads(out)["ledger"]
+    assert [stage["name"] for stage in told["stages"]] == list(STAGES)
+    total = told["total"]["all"]
+    assert set(total) == {"seconds", "device_hours", "flops", "kwh", "money"} and total["device_hours"] > 0
+    assert total["money"] == pytest.approx(3 * total["device_hours"]) and total["kwh"] == pytest.approx(0.2 * total["device_hours"])
+    assert total["flops"] == pytest.approx(sum(stage["all"]["flops"] for stage in told["stages"]))
+
+
 def test_a_run_without_a_row_is_drawn_empty(tmp_path: Path) -> None:
-    assert standing(tmp_path) == [] and draw(tmp_path).read_text().count("<svg") == 0
+    assert standing(tmp_path) == [] and draw(tmp_path, {}).read_text().count("<svg") == 0

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 import pascaline
-from pascaline.post import stages
+from pascaline.ledger import cost
+from pascaline.post import chain, stages
 from pascaline.recipe import STAGES, load, parse
 from pascaline.runs import Metrics, read_json
-from pascaline.train import checkpoint
+from pascaline.train import checkpoint, sinks
 
 COIN = Path(__file__).parent.parent / "coin.toml"
 ROW = {"name", "accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens", "seconds", "flops"}
@@ -30,6 +31,7 @@ ROW = {"name", "accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens", 
 def report(out: Path) -> dict[str, Any]:
     """report.json without the times."""
     found = json.loads((out / "report.json").read_text())
+    assert found.pop("ledger")["total"]["all"]["device_hours"] > 0
     for row in found["stages"]:
         row["seconds"] = None
     return found
@@ -165,7 +167,7 @@ def test_a_stage_at_a_time(coin_run: Path, tmp_path: Path) -> None:
     for name in STAGES[:2]:
         code, said, err = forked.call(tmp_path, "run", COIN, "--out", out, "--stage", name)
         assert code == 0 and said == f"{out}: stage {name} is done. Run the same command without --stage to go on.\n", err
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "01-corpus", "02-tokenizer", "recipe.json", "recipe.toml"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "01-corpus", "02-tokenizer", "ledger.jsonl", "recipe.json", "recipe.toml"]
     before = files(out / "01-corpus") | files(out / "02-tokenizer")
     code, said, err = forked.call(tmp_path, "run", COIN, "--out", out, "--stage", "eval")  # the last stage ends the run
     assert code == 0 and "RL gain" in said, err
@@ -190,9 +192,51 @@ def test_fresh_keeps_the_old_run_aside(tmp_path: Path) -> None:
     old = tmp_path / "run.old-1"
     assert {p.relative_to(old) for p in files(old)} == {p.relative_to(out) for p in first}
     assert load(old / "recipe.toml").seed == 1 and load(out / "recipe.toml").seed == 2
+    first_cost, both = cost(old)["total"], cost(out)
+    assert both["aside"] == {"all": first_cost["all"], "ends": {"done": 1}} and [s["ends"] for s in both["stages"]] == [{"done": 1}]
+    assert both["total"]["all"]["seconds"] == pytest.approx(first_cost["all"]["seconds"] + both["total"]["final"]["seconds"])
     assert run("--fresh", "--set", "rl.stpes=3")[0] == 2 and run("--fresh", "--set", "device=nvidia")[0] == 2
     assert load(out / "recipe.toml").seed == 2 and not (tmp_path / "run.old-2").exists()  # nothing moved for a mistake
     assert run("--fresh")[0] == 0 and load(tmp_path / "run.old-2" / "recipe.toml").seed == 2
+    shutil.rmtree(old)
+    assert cost(out)["aside"]["ends"] == {"done": 2} and cost(out)["total"]["ratio"] > 1  # also without the old folders
+
+
+def test_a_run_goes_on_with_other_sinks_and_prices(coin_run: Path, tmp_path: Path) -> None:
+    out = reopened(coin_run, tmp_path / "run", "rl")
+    given = ("--set", "ledger.price=2.5", "--set", "ledger.watts=100", "--set", "ledger.currency=EUR")
+    code, said, err = forked.call(tmp_path, "run", COIN, "--out", out, *given)
+    assert code == 0 and weights(out) == weights(coin_run) and "EUR" in said and "100 W a device" in said, err
+    assert load(out / "recipe.toml").ledger.price == 2.5
+    asked = load(COIN, {"sinks": ["tensorboard", "trackio"]})
+    assert chain._settle(asked, out).sinks == ["tensorboard", "trackio"]
+    told = read_json(out / "06-eval" / "lineage.json") or {}
+    assert told["cost"]["final"]["money"] == pytest.approx(2.5 * told["cost"]["final"]["device_hours"])
+    code, said, err = forked.call(tmp_path, "run", COIN, "--out", out, "--set", "ledger.price=5")  # finished: told with this price
+    assert code == 0 and "is done already" in said and "EUR" not in said and "money" in said, err
+
+
+TOLD = """
+class Run:
+    def log(self, metrics, step): print(step, metrics["loss"], "gemm_share" in metrics)
+    def finish(self): print("end")
+def init(project, name, **more): return Run()
+"""
+
+
+def test_the_sinks_of_the_recipe_get_each_training_stage(coin_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trackio.py").write_text(TOLD)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sinks, "PATIENCE", 60.0)
+    monkeypatch.setattr(stages, "peak", lambda device, measured: {} if measured else {"float32": 100.0})  # quiet: only what is known
+    out = reopened(coin_run, tmp_path / "run", "pretrain")
+    chain.run(COIN, out, {"sinks": ["trackio"]}, stage="sft", quiet=True)
+    rows = Metrics.read(out / "04-sft" / "metrics.jsonl")
+    assert (out / "sinks" / "trackio-sft.log").read_text().splitlines() == [f"{r['step']} {r['loss']} True" for r in rows] + ["end"]
+    assert all(0 < row["gemm_share"] < 1 for row in rows)
+    assert (out / "04-sft" / "model" / "model.safetensors").read_bytes() == (
+        coin_run / "04-sft" / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_mistake_found_in_the_first_stage_does_not_hold_the_folder(tmp_path: Path) -> None:
@@ -210,7 +254,7 @@ def test_a_mistake_found_in_the_first_stage_does_not_hold_the_folder(tmp_path: P
 def test_ctrl_c_in_pretraining(coin_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [Path(sys.executable).parent / "pascaline", "run", COIN, "--out", out]
-    environment = os.environ | {"PYTHONPATH": str(COIN.parent)}
+    environment = os.environ | {"PYTHONPATH": f"{COIN.parent.parent}{os.pathsep}{COIN.parent}"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         _until(lambda: _rows(out / "03-pretrain") >= 3, lambda: process.poll() is None)
         process.send_signal(signal.SIGINT)
@@ -305,7 +349,21 @@ def test_kill_9_anywhere_changes_nothing(coin_run: Path, tmp_path: Path) -> None
         rows = [Metrics.read(folder / name / "metrics.jsonl") for folder in (out, coin_run)]
         for row in (row for metrics in rows for row in metrics):
             del row["seconds"], row["tokens_per_s"]
+            row.pop("gemm_share", None)
         assert rows[0] == rows[1]
+    _compare_costs(cost(out), cost(coin_run), kills)
+
+
+def _compare_costs(killed: dict[str, Any], straight: dict[str, Any], kills: int) -> None:
+    """The final run is the same; all attempts are what was killed besides."""
+    ends = [stage["ends"] for stage in killed["stages"]]
+    assert kills - 2 <= sum(end.get("killed", 0) for end in ends) <= kills  # a kill may fall between two stages
+    assert all(end["done"] == 1 for end in ends) and all(stage["ends"] == {"done": 1} for stage in straight["stages"])
+    for stage, other in zip(killed["stages"], straight["stages"], strict=True):
+        assert stage["final"]["flops"] == pytest.approx(other["final"]["flops"]) and other["ratio"] == pytest.approx(1)
+        assert (stage["ratio"] > 1) == (sum(stage["ends"].values()) > 1)
+        assert other["final"]["flops"] == other["all"]["flops"]
+    assert killed["total"]["all"]["flops"] > killed["total"]["final"]["flops"] and killed["total"]["ratio"] > 1
 
 
 def test_what_a_kill_at_the_very_end_leaves_is_cleared(coin_run: Path, tmp_path: Path) -> None:

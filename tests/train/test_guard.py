@@ -215,6 +215,9 @@ def test_a_drift_is_rewound_and_its_data_left_out(clean, tmp_path, capsys):
     assert [row["step"] for row in found] == list(range(STEPS))
     assert found[-1]["ce"] < 1.5 * final(clean) + 0.1
     assert max(source.asked) == STEPS - 1 + one.guard.shift
+    thrown_away = len(source.asked) - STEPS
+    assert thrown_away > 0 and one.totals.tokens == sum(row["tokens"] for row in found)  # of the steps that stand
+    assert one.spent.tokens > one.totals.tokens and one.spent.flops > one.totals.flops and one.spent.seconds > one.totals.seconds
 
 
 def test_a_rewind_is_resumed_exactly(tmp_path):

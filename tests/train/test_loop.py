@@ -99,6 +99,16 @@ def test_totals(straight, tmp_path):
     assert found.flops == pytest.approx(6 * active_parameters(one.model) * found.tokens) and found.seconds > 0
 
 
+def test_the_share_of_the_peak_is_logged_where_the_peak_is_known(straight, tmp_path):
+    assert all("gemm_share" not in row for row in rows(straight))
+    one = trainer(tmp_path)
+    one.peak = 1e9
+    one.run(loader(), 3, quiet=True)
+    for row in rows(tmp_path):
+        row |= json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[row["step"]])
+        assert row["gemm_share"] == pytest.approx(6 * active_parameters(one.model) * row["tokens_per_s"] / 1e9) and "mfu" not in row
+
+
 def test_active_parameters_by_hand():
     untied, tied = model(num_nextn_predict_layers=0), model(num_nextn_predict_layers=0, tie_word_embeddings=True)
     expert = 3 * 8 * 16
