@@ -8,6 +8,7 @@ from pascaline.recipe import Optim
 
 NS_STEPS = 5
 NS = (3.4445, -4.7750, 2.0315)  # quintic Newton-Schulz coefficients of Jordan's Muon
+CHUNK = 1 << 20  # bytes of matrices that are orthogonalised together on the CPU
 
 
 def orthogonalise(g_nAB: Tensor) -> Tensor:
@@ -15,10 +16,10 @@ def orthogonalise(g_nAB: Tensor) -> Tensor:
     a, b, c = NS
     tall = g_nAB.shape[1] > g_nAB.shape[2]
     x = g_nAB.transpose(1, 2) if tall else g_nAB
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True).to(x.dtype) + 1e-7)
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32) + 1e-7).to(x.dtype)
     for _ in range(NS_STEPS):
-        gram = x @ x.transpose(1, 2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.bmm(x, x.transpose(1, 2))
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.transpose(1, 2) if tall else x
 
 
@@ -29,28 +30,20 @@ class Muon:
     def __init__(self, masters: dict[str, nn.Parameter], optim: Optim, dtype: torch.dtype):
         self.masters, self.optim, self.dtype = masters, optim, dtype
         self.momentum = {name: torch.zeros_like(m) for name, m in masters.items()}
-        self.by_shape: dict[tuple[int, int], list[str]] = {}
-        for name, master in masters.items():
-            self.by_shape.setdefault(_matrices(name, master).shape[1:], []).append(name)  # type: ignore[arg-type]
 
     def step(self, lr: float) -> None:
-        beta = self.optim.momentum
-        for (rows, columns), names in self.by_shape.items():
-            updates, used = [], []
-            for name in names:
-                gradient, momentum = self.masters[name].grad, self.momentum[name]
-                if gradient is None:  # MTP modules while their loss is off
-                    continue
-                momentum.lerp_(gradient, 1 - beta)
-                updates.append(_matrices(name, gradient.lerp(momentum, beta)))
-                used.append(name)
-            if not used:
+        beta, keep = self.optim.momentum, 1 - lr * self.optim.weight_decay
+        for name, master in self.masters.items():
+            if master.grad is None:  # MTP modules while their loss is off
                 continue
-            update = orthogonalise(torch.cat(updates).to(self.dtype)).float().split([len(u) for u in updates])
-            scale = 0.2 * max(rows, columns) ** 0.5
-            for name, part in zip(used, update, strict=True):
-                master = self.masters[name]
-                master.mul_(1 - lr * self.optim.weight_decay).add_(part.reshape(master.shape), alpha=-lr * scale)
+            stacks = [_matrices(name, tensor) for tensor in (master.data, master.grad, self.momentum[name])]
+            n, *sides = stacks[0].shape
+            # Everything that a few matrices need is done while the CPU's cache holds them; an accelerator wants all of them at once.
+            some = max(CHUNK // (sides[0] * sides[1] * self.dtype.itemsize), 1) if master.device.type == "cpu" else n
+            for weight, gradient, momentum in zip(*(stack.split(some) for stack in stacks), strict=True):
+                momentum.lerp_(gradient, 1 - beta)
+                update = orthogonalise(gradient.lerp(momentum, beta).to(self.dtype))
+                weight.mul_(keep).add_(update, alpha=-lr * 0.2 * max(sides) ** 0.5)
 
 
 def _matrices(name: str, tensor: Tensor) -> Tensor:
