@@ -66,9 +66,9 @@ def peak(name: str, size: tuple[int, int, int], dtype: torch.dtype, device: torc
         head.step(name)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    resident_before = resident("VmRSS")
     head.step(name)
-    return resident("VmHWM") - before
+    return resident("VmHWM") - resident_before
 
 
 def compare(size: tuple[int, int, int], dtype: str, device: torch.device, rounds: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Heads are as many as give the grouped kinds about the parameters of latent atten
 """
 
 import argparse
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,9 +54,9 @@ def grouped(heads: int, groups: int) -> Model:
     return model
 
 
-ARMS = {f"MLA rank {rank}": Arm(lambda rank=rank: latent(rank)) for rank in RANKS} | {  # type: ignore[misc]
-    kind: Arm(lambda heads=heads: grouped(*heads)) for kind, heads in GROUPED.items()
-}  # type: ignore[misc]
+ARMS = {f"MLA rank {rank}": Arm(partial(latent, rank)) for rank in RANKS} | {
+    kind: Arm(partial(grouped, *heads)) for kind, heads in GROUPED.items()
+}
 NUMBERS = {f"MLA rank {rank}": rank + CONFIG.qk_rope_head_dim for rank in RANKS} | {
     kind: 2 * groups * CONFIG.qk_rope_head_dim for kind, (_, groups) in GROUPED.items()
 }  # that a token leaves in the cache of a layer
