@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pascaline.model.transformer import Model
 from pascaline.recipe import Optim
@@ -10,6 +11,7 @@ from pascaline.train.parallel import ALONE, Ranks
 
 NS_STEPS = 5
 NS = (3.4445, -4.7750, 2.0315)  # quintic Newton-Schulz coefficients of Jordan's Muon
+CHUNK = 1 << 20  # bytes of matrices that are orthogonalised together on the CPU
 
 
 def orthogonalise(g_nAB: Tensor) -> Tensor:
@@ -17,10 +19,10 @@ def orthogonalise(g_nAB: Tensor) -> Tensor:
     a, b, c = NS
     tall = g_nAB.shape[1] > g_nAB.shape[2]
     x = g_nAB.transpose(1, 2) if tall else g_nAB
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True).to(x.dtype) + 1e-7)
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32) + 1e-7).to(x.dtype)
     for _ in range(NS_STEPS):
-        gram = x @ x.transpose(1, 2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.bmm(x, x.transpose(1, 2))
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.transpose(1, 2) if tall else x
 
 
@@ -31,29 +33,35 @@ class Muon:
     def __init__(self, masters: dict[str, nn.Parameter], wholes: dict[str, nn.Parameter], optim: Optim, dtype: torch.dtype):
         """masters: what this rank holds of `wholes` (all of them, if it is alone)."""
         self.masters, self.wholes, self.optim, self.dtype = masters, wholes, optim, dtype
+        self.cut = any(isinstance(whole, DTensor) for whole in wholes.values())
         self.momentum = {name: torch.zeros_like(m) for name, m in masters.items()}
 
     def step(self, lr: float, fine: Tensor) -> None:
         """Where `fine` does not hold, nothing changes, whatever the gradients are."""
-        beta, keep = self.optim.momentum, 1 - lr * self.optim.weight_decay * fine
+        keep, rate = 1 - lr * self.optim.weight_decay * fine, 0.2 * lr * fine
         for name, master in self.masters.items():
-            gradient, momentum = master.grad, self.momentum[name]
-            if gradient is None:  # MTP modules while their loss is off
+            if master.grad is None:  # MTP modules while their loss is off
                 continue
-            gradient = torch.where(fine, gradient, momentum)
-            momentum.lerp_(gradient, 1 - beta)
-            update = self._orthogonal(name, gradient.lerp(momentum, beta).to(self.dtype))
-            master.mul_(keep).sub_(update * (lr * fine))
+            whole, own = self.wholes[name], (master.data, master.grad, self.momentum[name])
+            if master.dim() == 2 and self.cut:  # experts are cut between experts; of any other matrix the ranks put the rows together
+                weight, gradient, momentum = own
+                look = _matrices(name, parallel.full(parallel.like(self._look(gradient, momentum, fine), whole)))
+                update = orthogonalise(look).reshape(whole.shape)[parallel.rows(whole)]
+                weight.mul_(keep).sub_(update.float().mul_(rate * max(look.shape[1:]) ** 0.5))
+                continue
+            stacks = [_matrices(name, tensor) for tensor in own]
+            n, *sides = stacks[0].shape
+            # Everything that a few matrices need is done while the CPU's cache holds them; an accelerator wants all of them at once.
+            some = max(CHUNK // (sides[0] * sides[1] * self.dtype.itemsize), 1) if master.device.type == "cpu" else max(n, 1)
+            for weight, gradient, momentum in zip(*(stack.split(some) for stack in stacks), strict=True):
+                update = orthogonalise(self._look(gradient, momentum, fine))
+                weight.mul_(keep).sub_(update.float().mul_(rate * max(sides) ** 0.5))
 
-    def _orthogonal(self, name: str, look: Tensor) -> Tensor:
-        """Experts are cut between experts, so a rank has all that it needs; of any other matrix it has some rows, and puts the others
-        to them first."""
-        whole = self.wholes[name]
-        if look.dim() == 2:
-            look = parallel.full(parallel.like(look, whole))
-        stack = _matrices(name, look)
-        update = orthogonalise(stack).mul_(0.2 * max(stack.shape[1:]) ** 0.5).reshape(look.shape)
-        return update[parallel.rows(whole)] if look.dim() == 2 else update
+    def _look(self, gradient: Tensor, momentum: Tensor, fine: Tensor) -> Tensor:
+        """Move the momentum; Nesterov's look ahead of it, in the compute dtype."""
+        gradient = torch.where(fine, gradient, momentum)
+        momentum.lerp_(gradient, 1 - self.optim.momentum)
+        return gradient.lerp(momentum, self.optim.momentum).to(self.dtype)
 
 
 def _matrices(name: str, tensor: Tensor) -> Tensor:

@@ -282,3 +282,23 @@ def test_muon_written_out():
             expected[name] = expected[name] * (1 - lr * 0.1) - lr * 0.2 * side**0.5 * pieces
     for name in momentum:
         assert relative_error(optimizer.masters[name], expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_muon_does_not_depend_on_how_many_matrices_go_together(dtype, monkeypatch):
+    found = []
+    for chunk in (1, 3000, 1 << 20):  # one matrix, a few with a rest, all
+        monkeypatch.setattr("pascaline.train.optim.CHUNK", chunk)
+        optimizer = Optimizer(model := tiny_model(), optim(optimizer="muon"), dtype)
+        for step in range(2):
+            set_gradients(model, step)
+            optimizer.collect()
+            update(optimizer, 0.01)
+        found.append(masters(optimizer))
+    for name in optimizer.muon.momentum:
+        assert all(relative_error(other[name], found[0][name]) < (1e-5 if dtype == F32 else 1e-3) for other in found[1:]), name
+
+
+def test_orthogonalise_in_bf16_is_that_of_float32_but_for_the_rounding():
+    g = torch.randn(4, 32, 64, generator=torch.Generator().manual_seed(0))
+    assert relative_error(orthogonalise(g.to(BF16)).float(), orthogonalise(g)) < 0.05
