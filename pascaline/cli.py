@@ -103,13 +103,17 @@ def report(folder: Annotated[Path, typer.Argument(help="a run's folder")], as_js
 
 
 def _show_standing(folder: Path, as_json: bool) -> None:
-    from pascaline.eval.live import draw, standing, standing_text
+    from pascaline.eval.live import draw, extension, standing, standing_text
+    from pascaline.eval.report import extension_text
 
     stages = standing(folder)
     if not stages:
         raise BadInput(f"{folder} holds no training stage that has begun, so there is nothing to report yet.")
-    page = draw(folder)
-    print(json.dumps({"training": stages}) if as_json else f"{standing_text(stages)}\n\nSo far, with plots: {page}")
+    page, longer = draw(folder), extension(folder)
+    if as_json:
+        print(json.dumps({"training": stages, **({"extension": longer} if longer else {})}))
+    else:
+        print("\n\n".join([standing_text(stages), *extension_text(longer), f"So far, with plots: {page}"]))
 
 
 @app.command()

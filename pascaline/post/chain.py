@@ -8,7 +8,7 @@ from typing import Any
 from pascaline.device import best_dtype, choose
 from pascaline.errors import BadInput, nearest
 from pascaline.post.check import check
-from pascaline.recipe import STAGES, Recipe, differences, load, to_toml
+from pascaline.recipe import Recipe, differences, load, parse, to_toml
 from pascaline.runs import TEMPORARY, Lock, complete, is_complete, read_json, write_atomic, write_json
 
 RESOLVED_LATER = ("device", "dtype")  # "auto" in a recipe; a run keeps what it was resolved to
@@ -29,8 +29,8 @@ def run(
     BadInput for a mistake in the recipe or a folder of another recipe; Stopped on Ctrl-C, after saving.
     """
     parsed, out = load(recipe, overrides), Path(out)
-    if stage is not None and stage not in STAGES:
-        raise BadInput(f"there is no stage '{stage}', only {', '.join(STAGES)}{nearest(stage, STAGES) or '.'}")
+    if stage is not None and stage not in parsed.stages:
+        raise BadInput(f"there is no stage '{stage}', only {', '.join(parsed.stages)}{nearest(stage, parsed.stages) or '.'}")
     _refuse_foreign(out)
     if fresh or not _begun(out):
         check(parsed)
@@ -59,8 +59,8 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
     recipe = recipe.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     current = stages.Run(recipe, out, device, dtype, quiet)
     _write_recipe(recipe, out)
-    work = {**{name: getattr(stages, name) for name in STAGES[:-1]}, "eval": evaluation.evaluate}
-    for name in STAGES:
+    work = {**{name: getattr(stages, name) for name in recipe.stages[:-1]}, "eval": evaluation.evaluate}
+    for name in recipe.stages:
         if not is_complete(current.folder(name)):
             current.folder(name).mkdir(parents=True, exist_ok=True)
             began = time.perf_counter()
@@ -68,7 +68,7 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
             summary.setdefault("seconds", time.perf_counter() - began)
             stages.record(current, name, summary)
             complete(current.folder(name), summary)
-        if name == until != STAGES[-1]:
+        if name == until != recipe.stages[-1]:
             return {}
     return _finish(current)
 
@@ -89,7 +89,7 @@ def _finish(current: Any) -> dict[str, Any]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     report = evaluation.report(current)
-    curves = {name: Metrics.read(current.folder(name) / "metrics.jsonl") for name in STAGES}
+    curves = {name: Metrics.read(current.folder(name) / "metrics.jsonl") for name in current.recipe.stages}
     write_json(out / "report.json", report)
     write_atomic(out / "report.html", report_html(report, curves))
     complete(out)
@@ -113,15 +113,16 @@ def _settle(recipe: Recipe, out: Path) -> Recipe:
     stored = read_json(out / "recipe.json")
     if stored is None or not _begun(out):
         return recipe
+    kept = parse(stored, str(out / "recipe.json"))  # keys that are newer than the run have their defaults
     asked = recipe.model_dump(mode="json")
     for key in RESOLVED_LATER:
         if asked[key] == "auto":
             asked[key] = stored.get(key)
-    different = differences(stored, asked)
+    different = differences(kept.model_dump(mode="json"), asked)
     if different:
         keys = ", ".join(different[:SHOWN]) + (f" and {len(different) - SHOWN} more" if different[SHOWN:] else "")
         raise BadInput(f"{out} holds a run of another recipe (different: {keys}); choose another folder, or --fresh to start over.")
-    return Recipe.model_validate(stored)
+    return kept
 
 
 def _write_recipe(recipe: Recipe, out: Path) -> None:

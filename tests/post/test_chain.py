@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 
 import pascaline
 from pascaline.post import stages
-from pascaline.recipe import STAGES, load, parse
+from pascaline.recipe import Recipe, load, parse
 from pascaline.runs import Metrics, read_json
 from pascaline.train import checkpoint
 
 COIN = Path(__file__).parent.parent / "coin.toml"
+STAGES = Recipe().stages
 ROW = {"name", "accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens", "seconds", "flops"}
 
 
