@@ -23,6 +23,7 @@ from pascaline.tokenizer import Tokenizer
 from pascaline.train.loop import active_parameters
 
 FILE = "extension.json"
+CACHED = 1 << 17  # positions that the cache holds at a time while needles are looked for
 MODELS = ("plain", "yarn", "tuned")  # RoPE as pre-trained; with YaRN switched on; after the training
 
 
@@ -68,8 +69,11 @@ class Check:
         if self.part(name).exists():
             return
         began, ends = time.perf_counter(), ranges(self.positions, self.stage.length)
-        engine, done = Engine(load(), self.tokenizer), 0
-        with self.progress(f"extend {name}", len(self.texts) + len(ends), "part") as progress, Interrupt() as interrupt:
+        engine, done = Engine(load(), self.tokenizer, max_rows=max(CACHED // self.stage.length, 1)), 0
+        with (
+            self.progress(f"extend {name}", len(self.texts) + len(ends) * bool(self.stage.needles), "part") as progress,
+            Interrupt() as interrupt,
+        ):
 
             def watch() -> None:
                 nonlocal done

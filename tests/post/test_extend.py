@@ -17,11 +17,13 @@ import torch
 
 import pascaline
 from pascaline.data.shards import Corpus
+from pascaline.engine import Engine
 from pascaline.errors import BadInput
 from pascaline.model import hf
 from pascaline.post import extension, stages
 from pascaline.recipe import load
 from pascaline.runs import Metrics, read_json
+from pascaline.tokenizer import Tokenizer
 from pascaline.train import checkpoint
 
 COIN = Path(__file__).parent.parent / "coin.toml"
@@ -257,3 +259,20 @@ def test_a_run_from_before_these_keys_is_still_known(coin_run: Path, tmp_path: P
 def test_the_ranges_double() -> None:
     assert extension.ranges(256, 1024) == [256, 512, 1024] and extension.ranges(256, 640) == [256, 512, 640]
     assert extension.ranges(256, 300) == [256, 300] and extension.ranges(4096, 131072)[-2:] == [65536, 131072]
+
+
+def test_a_check_without_needles_and_a_cache_that_stays_small(extended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load(COIN, {**EXTEND, "extend.needles": 0})
+    rows: list[int] = []
+    monkeypatch.setattr(extension, "Engine", lambda model, tokenizer, max_rows: rows.append(max_rows) or Engine(model, tokenizer))
+    current = stages.Run(recipe, tmp_path, torch.device("cpu"), torch.float32, quiet=True)
+    texts = extension.held_out_texts(Corpus(extended / "02-tokenizer" / "shards"), recipe, 256)
+    assert recipe.extend is not None
+    for length in (640, 1 << 20):
+        stage = recipe.extend.model_copy(update={"length": length})
+        tokenizer = Tokenizer.load(extended / "02-tokenizer")
+        check = extension.Check(tmp_path / str(length), tokenizer, texts, 256, stage, current.progress)
+        check.measure("tuned", lambda: hf.load(extended / "04-extend" / "model"))
+        told = read_json(check.part("tuned")) or {}
+        assert told["needles"] == [] and told["loss"][0]["tokens"] == 3 * 255
+    assert rows == [204, 1]  # positions times rows is what the cache may hold
