@@ -116,17 +116,17 @@ def report(
 
 
 def _show_standing(folder: Path, cost: dict[str, Any], as_json: bool) -> None:
-    from pascaline.eval.live import draw, standing, standing_table
-    from pascaline.eval.report import aligned, cost_text
+    from pascaline.eval.live import draw, extension, standing, standing_table
+    from pascaline.eval.report import aligned, cost_text, extension_text
 
-    stages = standing(folder)
+    stages, longer = standing(folder), extension(folder)
     if not stages and not cost:
         raise BadInput(f"{folder} holds no stage that has begun, so there is nothing to report yet.")
     page = draw(folder, cost)
     if as_json:
-        print(json.dumps({"training": stages, "ledger": cost}))
+        print(json.dumps({"training": stages, "ledger": cost, **({"extension": longer} if longer else {})}))
         return
-    tables = [aligned(standing_table(stages))] * bool(stages) + [cost_text(cost)] * bool(cost)
+    tables = [aligned(standing_table(stages))] * bool(stages) + extension_text(longer) + [cost_text(cost)] * bool(cost)
     print("\n\n".join([*tables, f"So far, with plots: {page}"]))
 
 

@@ -1,6 +1,7 @@
 """The one exception that a user's mistake raises."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 
@@ -46,6 +47,7 @@ def _inside(fields: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]
             kind = get_args(kind)[1]
         elif part in fields:
             kind = fields[part].annotation
+            kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # a table that may be absent: Extend | None
         else:
             return {}
         fields = getattr(kind, "model_fields", {})

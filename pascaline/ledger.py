@@ -12,8 +12,8 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +25,9 @@ from pascaline.stopping import Stopped
 WIDTH = 512  # bytes of a line; pages are a multiple
 BEAT = 5.0  # seconds, at most, between two writings of a line: what kill -9 can hide
 DEAD = 60.0  # seconds without one, and the process is gone
+
+
+COST = ("seconds", "tokens", "flops")
 
 
 @dataclass
@@ -45,18 +48,19 @@ class Attempt:
     """`with Attempt(out, "pretrain") as attempt:` one try at a stage, from here to its end, on `devices` devices.
 
     A stage that goes on where it stopped tells with `follow` what it has worked off in this attempt and what stands of the stage, over
-    all attempts; of one that starts over each time, the last attempt is what stands. Raises OSError on a full disk, at the start only.
+    all attempts (its parts, one by one); of one that starts over each time, the last attempt is what stands. Raises OSError on a full
+    disk, at the start only.
     """
 
     def __init__(self, out: Path, stage: str, devices: int = 1) -> None:
         self._path = out / "ledger.jsonl"
         self._facts = {"stage": stage, "began": time.strftime("%Y-%m-%dT%H:%M:%S"), "devices": devices}
-        self._look: Callable[[], tuple[Totals, Totals]] | None = None
+        self._looks: list[Callable[[], tuple[Totals, Totals]]] = []
         self._over = threading.Event()
 
     def follow(self, look: Callable[[], tuple[Totals, Totals]]) -> None:
-        """look: called now and then, gives (worked off in this attempt, what stands of the stage)."""
-        self._look = look
+        """look: called now and then, gives (worked off in this attempt, what stands of the stage) for one part of it."""
+        self._looks.append(look)
 
     def __enter__(self) -> Self:
         self._began = time.perf_counter()
@@ -91,7 +95,10 @@ class Attempt:
 
     def _write(self, end: str) -> None:
         seconds = time.perf_counter() - self._began
-        spent, stands = self._look() if self._look else (Totals(), Totals())
+        spent, stands = Totals(), Totals()
+        for own, stand in (look() for look in self._looks):
+            spent.add(*astuple(own))
+            stands.add(*astuple(stand))
         # overhead: of starting, loading and saving; an undisturbed run has it once. stands: None until a step, or a checkpoint, tells.
         told = {**self._facts, "end": end, "seconds": seconds, "tokens": spent.tokens, "flops": spent.flops,
                 "overhead": max(seconds - spent.seconds, 0.0), "stands": asdict(stands) if stands.seconds else None}  # fmt: skip
@@ -118,21 +125,21 @@ def cost(out: Path, rates: Rates | None = None) -> dict[str, Any]:
     """
     rates = rates or told(out)
     now: dict[str, list[dict[str, Any]]] = {}
-    aside: list[dict[str, Any]] = []
+    aside: list[list[dict[str, Any]]] = []
     for line in _read(out / "ledger.jsonl"):
         if "aside" in line:
-            aside += [attempt for attempts in now.values() for attempt in attempts]
+            aside += now.values()
             now = {}
         else:
             now.setdefault(line["stage"], []).append(line)
     stages = [{"name": name, **_compared(_final(lines), _all(lines), rates), "ends": _ends(lines)} for name, lines in now.items()]
     if not stages and not aside:
         return {}
-    final = [sum(part) for part in zip(*map(_final, now.values()), strict=True)] or [0.0] * 3
-    everything = _all([*aside, *(line for lines in now.values() for line in lines)])
-    found: dict[str, Any] = {"stages": stages, "total": _compared(final, everything, rates)}
+    before = _sum(map(_all, aside))
+    everything = _sum([before, *map(_all, now.values())])
+    found: dict[str, Any] = {"stages": stages, "total": _compared(_sum(map(_final, now.values())), everything, rates)}
     if aside:
-        found["aside"] = {"all": _priced(_all(aside), rates), "ends": _ends(aside)}
+        found["aside"] = {"all": _priced(before, rates), "ends": _ends([line for lines in aside for line in lines])}
     return found | {"watts": rates.watts or None, "price": rates.price or None, "currency": rates.currency}
 
 
@@ -163,15 +170,24 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _sum(parts: Iterable[list[float]]) -> list[float]:
+    return [sum(column) for column in zip(*parts, strict=True)] or [0.0] * 3
+
+
+def _stands(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What stands of a stage, as its attempts last told."""
+    return next((line["stands"] for line in reversed(lines) if line["stands"]), asdict(Totals()))
+
+
 def _all(lines: list[dict[str, Any]]) -> list[float]:
-    """[seconds, device-hours, FLOPs]"""
+    """[seconds, device-hours, FLOPs] of all attempts at a stage; what stands was worked off, also where a kill hid it from the sum."""
     hours = sum(line["seconds"] * line["devices"] for line in lines) / 3600
-    return [sum(line["seconds"] for line in lines), hours, sum(line["flops"] for line in lines)]
+    return [sum(line["seconds"] for line in lines), hours, max(sum(line["flops"] for line in lines), _stands(lines)["flops"])]
 
 
 def _final(lines: list[dict[str, Any]]) -> list[float]:
     """[seconds, device-hours, FLOPs] of what stands of a stage. Where attempts had different numbers of devices, their mean by time."""
-    stands = next((line["stands"] for line in reversed(lines) if line["stands"]), asdict(Totals()))
+    stands = _stands(lines)
     seconds, hours, _ = _all(lines)
     needed = min(stands["seconds"] + lines[-1]["overhead"], seconds)
     return [needed, hours * needed / seconds if seconds else 0.0, stands["flops"]]

@@ -7,11 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pascaline.errors import BadInput, describe_validation, nearest
 
-STAGES = ("corpus", "tokenizer", "pretrain", "sft", "rl", "eval")  # of the chain, in their order
+STAGES = ("corpus", "tokenizer", "pretrain", "extend", "sft", "rl", "eval")  # in their order; which of them a chain has: Recipe.stages
 
 
 class Table(BaseModel):
@@ -26,7 +26,8 @@ class Corpus(Table):
     equal ones too; decontaminate: files of evaluation texts that must not occur.
 
     mixture: weights of sources (1 for one that is not named): max_bytes is then what the cleaned texts have in these shares, each text
-    at most max_repeats times. processes: that run the filters; 0: one for each core, 1: none but the program's own."""
+    at most max_repeats times. processes: that run the filters; 0: one for each core, 1: none but the program's own. held_out: share of
+    the documents, drawn by their hash, that no stage trains on."""
 
     sources: list[str] = ["stdlib"]
     max_bytes: int = Field(4_000_000, ge=0)
@@ -36,6 +37,7 @@ class Corpus(Table):
     filters: dict[str, dict[str, Any]] = {}
     dedup: Literal["none", "exact", "minhash"] = "none"
     decontaminate: list[str] = []
+    held_out: float = Field(0.0, ge=0, lt=1)
 
 
 class Puzzle(Table):
@@ -119,6 +121,22 @@ class Pretrain(Stage):
     ramp_until: float = Field(0.0, ge=0, le=1)
 
 
+class Extend(Stage):
+    """Context extension by YaRN. length: positions of the model from here on; sequence_length: tokens a row, 0 for as many; shortest:
+    documents of fewer tokens are left out, for they say nothing about far positions.
+
+    Before and after, the loss by position is measured on `documents` held-out texts, and recall on `needles` needles for each length
+    and depth (0: none)."""
+
+    length: int = Field(ge=8)
+    sequence_length: int = Field(0, ge=0)
+    shortest: int = Field(0, ge=0)
+    tokens: int = Field(1_000_000, ge=1)
+    tokens_per_step: int = Field(8192, ge=8)
+    documents: int = Field(64, ge=1)
+    needles: int = Field(20, ge=0)
+
+
 class Sft(Stage):
     tokens_per_step: int = Field(4096, ge=8)
     epochs: float = Field(1.0, gt=0)
@@ -175,10 +193,24 @@ class Recipe(Table):
     tokenizer: Tokenizer = Tokenizer()
     model: dict[str, Any] = {"preset": "nano"}
     pretrain: Pretrain = Pretrain()
+    extend: Extend | None = None
     sft: Sft = Sft()
     rl: Rl = Rl()
     eval: Eval = Eval()
     ledger: Ledger = Ledger()
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of this chain in their order; a stage without a table is left out."""
+        return tuple(name for name in STAGES if getattr(self, name) is not None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out(cls, raw: Any) -> Any:
+        """What extend is judged on: a fiftieth of the documents, unless the recipe says how many."""
+        if not isinstance(raw, dict) or raw.get("extend") is None or not isinstance(raw.get("corpus", {}), dict):
+            return raw
+        return {**raw, "corpus": {"held_out": 0.02, **raw.get("corpus", {})}}
 
 
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -25,12 +25,14 @@ class Samples(Protocol):
 
 
 class CorpusSamples:
-    """Every document of a corpus; one longer than a row is cut into pieces. All tokens but a piece's first carry `ce`."""
+    """Every document of a corpus of at least `shortest` tokens, but the `held_out` share; one longer than a row is cut into pieces. All
+    tokens but a piece's first carry `ce`."""
 
-    def __init__(self, corpus: Corpus, row: int):
+    def __init__(self, corpus: Corpus, row: int, held_out: float = 0.0, shortest: int = 0):
         ends = np.append(corpus.starts[1:], np.uint64(corpus.tokens)).astype(np.int64)
         starts = corpus.starts.astype(np.int64)
-        pieces = np.maximum(-(-(ends - starts) // row), 1)
+        left_out = corpus.held_out(held_out) | (ends - starts < shortest)
+        pieces = np.where(left_out, 0, np.maximum(-(-(ends - starts) // row), 1))
         owner = np.repeat(np.arange(len(starts)), pieces)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         self.begin = starts[owner] + within * row

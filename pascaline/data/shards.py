@@ -209,6 +209,10 @@ class Corpus:
         """How many documents there are."""
         return len(self.starts)
 
+    def held_out(self, share: float) -> np.ndarray:
+        """Which documents are the held-out `share` of all, bool [documents]: by their hash alone, so equal ones are on the same side."""
+        return np.array([int(name, 16) for name in self.hashes], np.uint64) < np.uint64(int(share * 2**64))
+
     def document(self, i: int) -> np.ndarray:
         """Token ids of document i, 0 <= i < documents; raises IndexError beyond."""
         if not 0 <= i < len(self.starts):

@@ -7,8 +7,7 @@ from typing import Any
 
 from pascaline.eval.report import clock, count, report_html
 from pascaline.progress import label, number
-from pascaline.recipe import STAGES
-from pascaline.runs import Metrics, is_complete, write_atomic
+from pascaline.runs import Metrics, is_complete, read_json, write_atomic
 
 LATEST = 20  # steps whose mean is shown: one step is noisy
 MEASURED = ("loss", "reward", "tokens_per_s", "gemm_share", "mfu", "grad_norm", "max_violation", "dead_experts")
@@ -18,16 +17,25 @@ def standing(out: Path) -> list[dict[str, Any]]:
     """One object for each training stage that has begun: done, steps, tokens, seconds, the means of the latest steps, and how often the
     guard gave which answer."""
     stages = []
-    for i, name in enumerate(STAGES):
-        folder = out / f"{i + 1:02d}-{name}"
+    for folder in _folders(out):
         if rows := Metrics.read(folder / "metrics.jsonl"):
-            told = {"name": name, "done": is_complete(folder), "steps": rows[-1]["step"] + 1, "seconds": rows[-1].get("seconds")}
+            told = {"name": folder.name[3:], "done": is_complete(folder), "steps": rows[-1]["step"] + 1, "seconds": rows[-1].get("seconds")}
             told["tokens"] = sum(row.get("tokens", 0) for row in rows)
             for key in MEASURED:
                 values = [row[key] for row in rows[-LATEST:] if row.get(key) is not None]
                 told[key] = fmean(values) if values else None
             stages.append({**told, "guard": dict(Counter(row["guard"] for row in rows if "guard" in row))})
     return stages
+
+
+def _folders(out: Path) -> list[Path]:
+    """The stages' folders, NN-NAME."""
+    return sorted(out.glob("[0-9][0-9]-*"))
+
+
+def extension(out: Path) -> dict[str, Any]:
+    """What context extension came to, {} if it has not."""
+    return next((read_json(path) or {} for path in out.glob("[0-9][0-9]-extend/extension.json")), {})
 
 
 def standing_table(stages: list[dict[str, Any]]) -> list[list[str]]:
@@ -46,6 +54,7 @@ def standing_table(stages: list[dict[str, Any]]) -> list[list[str]]:
 def draw(out: Path, cost: dict[str, Any]) -> Path:
     """Write OUT/report.html with the curves there are, and what `ledger.cost` gave; its path."""
     found = standing(out)
-    curves = {name: Metrics.read(out / f"{i + 1:02d}-{name}" / "metrics.jsonl") for i, name in enumerate(STAGES)}
-    write_atomic(out / "report.html", report_html({"standing": standing_table(found) if found else [], "ledger": cost}, curves))
+    curves = {folder.name[3:]: Metrics.read(folder / "metrics.jsonl") for folder in _folders(out)}
+    told = {"standing": standing_table(found) if found else [], "ledger": cost, "extension": extension(out)}
+    write_atomic(out / "report.html", report_html(told, curves))
     return out / "report.html"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pascaline.eval import plots
+from pascaline.eval import extension, plots
 from pascaline.progress import number as short
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -29,6 +29,7 @@ def report_html(report: Mapping[str, Any], curves: Curves) -> str:
     drawn = _sections(report, curves)
     sections = [(name, note, [Markup(svg) for svg in svgs if svg]) for name, note, svgs in drawn if any(svgs)]
     told = {key: report.get(key) or [] for key in ("stages", "protocols", "examples")}
+    facts["tables"] = extension.tables(report.get("extension") or {})
     return template.render(**told, **facts, **tables, recipe=report.get("recipe"), seed=report.get("seed"), sections=sections)
 
 
@@ -46,6 +47,7 @@ def table_text(report: Mapping[str, Any]) -> str:
     ]
     if rows:
         parts.append(aligned([head, *rows]))
+    parts += extension_text(report.get("extension"))
     gain = report.get("gain") or {}
     if report.get("ledger"):
         parts.append(cost_text(report["ledger"]))
@@ -89,6 +91,11 @@ def cost_note(cost: Mapping[str, Any]) -> str:
 
 def cost_text(cost: Mapping[str, Any]) -> str:
     return f"{aligned(cost_table(cost))}\n{cost_note(cost)}"
+
+
+def extension_text(found: Mapping[str, Any] | None) -> list[str]:
+    """What context extension did, a table a measure, with a line on its numbers below."""
+    return [f"{aligned(rows)}\n{note}" for note, rows in extension.tables(found or {})]
 
 
 def percent(value: float | None) -> str:
@@ -167,6 +174,7 @@ def _sections(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str,
     nats = "loss (nats per token)"
     learning = [
         plots.curve(pretrain, loss, nats, "Pre-training loss", x="tokens", width=0.02),
+        plots.curve(curves.get("extend") or [], loss, nats, "Context extension loss", x="tokens", width=0.05),
         plots.curve(sft, loss, nats, "Fine-tuning loss (assistant tokens)", width=0.03),
     ]
     ends = {"abstain": "gives up", "false_claim": "false claim", "truncated": "cut off"}
@@ -187,7 +195,7 @@ def _sections(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str,
                     "Entropy of the routers", x="tokens", width=0.02),
         plots.curve(pretrain, {"dead_experts": "experts"}, "experts without a token", "Dead experts", x="tokens", width=0.02),
     ]  # fmt: skip
-    left_out = sum("guard" in row for row in [*pretrain, *sft])
+    left_out = sum("guard" in row for row in [*pretrain, *(curves.get("extend") or []), *sft])
     skipped = f" The guard left out {left_out} step{'s' * (left_out > 1)}: metrics.jsonl says why." if left_out else ""
     more = [
         plots.votes(report.get("majority") or [], "Majority vote among k samples"),

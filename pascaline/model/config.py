@@ -112,6 +112,15 @@ class ModelConfig(BaseModel):
             raise ValueError(f"first_k_dense_replace {self.first_k_dense_replace} is more than num_hidden_layers {self.num_hidden_layers}")
         return self
 
+    def extended(self, length: int) -> "ModelConfig":
+        """The same model for `length` positions by YaRN, with the constants of DeepSeek-V3 (arXiv 2412.19437, section 4.3). What is
+        scaled already is scaled anew from its original length, with its own constants."""
+        rope = self.rope.model_dump()
+        if self.rope.rope_type == "default":
+            rope |= {"original_max_position_embeddings": self.max_position_embeddings, "mscale": 1.0, "mscale_all_dim": 1.0}
+        rope |= {"rope_type": "yarn", "factor": length / rope["original_max_position_embeddings"]}
+        return self.model_copy(update={"rope": Rope(**rope), "max_position_embeddings": length})
+
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim

@@ -165,6 +165,13 @@ class Model(nn.Module):
                     parameter.data = parameter.data.to(dtype)
         return self
 
+    def reposition_(self, config: ModelConfig) -> "Model":
+        """Read positions as `config` says, in place: another `rope` or `max_position_embeddings`, the same shapes."""
+        for module in self.modules():
+            if hasattr(module, "config"):
+                module.config = config  # type: ignore[assignment]
+        return self
+
     @torch.no_grad()
     def init_(self, seed: int) -> "Model":
         """Normal(0, initializer_range) for every matrix, ones for norms, zeros for router biases (V3)."""

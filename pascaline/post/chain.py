@@ -9,7 +9,7 @@ from pascaline.device import best_dtype, choose
 from pascaline.errors import BadInput, nearest
 from pascaline.ledger import Attempt, cost, set_aside
 from pascaline.post.check import check, check_sinks
-from pascaline.recipe import STAGES, Recipe, differences, load, to_toml
+from pascaline.recipe import Recipe, differences, load, parse, to_toml
 from pascaline.runs import TEMPORARY, Lock, complete, is_complete, read_json, write_atomic, write_json
 
 RESOLVED_LATER = ("device", "dtype")  # "auto" in a recipe; a run keeps what it was resolved to
@@ -32,8 +32,8 @@ def run(
     BadInput for a mistake in the recipe or a folder of another recipe; Stopped on Ctrl-C, after saving.
     """
     parsed, out = load(recipe, overrides), Path(out)
-    if stage is not None and stage not in STAGES:
-        raise BadInput(f"there is no stage '{stage}', only {', '.join(STAGES)}{nearest(stage, STAGES) or '.'}")
+    if stage is not None and stage not in parsed.stages:
+        raise BadInput(f"there is no stage '{stage}', only {', '.join(parsed.stages)}{nearest(stage, parsed.stages) or '.'}")
     if int(os.environ.get("RANK", "0")):
         return _follow(parsed, out)
     _refuse_foreign(out)
@@ -47,7 +47,7 @@ def run(
             _set_aside(out)
         parsed = _settle(parsed, out)
         if finished(out) and (report := read_json(out / "report.json")):
-            _ranks(parsed).tell()
+            _dismiss(parsed)
             return report | {"ledger": cost(out, parsed.ledger)}
         return _run(parsed, out, stage, quiet)
 
@@ -68,8 +68,8 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
     ranks = _ranks(recipe)
     current = stages.Run(recipe, out, device, dtype, quiet, ranks)
     _write_recipe(recipe, out)
-    work = {**{name: getattr(stages, name) for name in STAGES[:-1]}, "eval": evaluation.evaluate}
-    for name in STAGES:
+    work = {**{name: getattr(stages, name) for name in recipe.stages[:-1]}, "eval": evaluation.evaluate}
+    for name in recipe.stages:
         if not is_complete(current.folder(name)):
             current.folder(name).mkdir(parents=True, exist_ok=True)
             if name in stages.TOGETHER:
@@ -78,10 +78,10 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
                 summary = work[name](current)
             stages.record(current, name)
             complete(current.folder(name), summary)
-        if name == until != STAGES[-1]:
+        if name == until != recipe.stages[-1]:
             break
     ranks.tell()
-    return {} if until not in (None, STAGES[-1]) else _finish(current)
+    return {} if until not in (None, recipe.stages[-1]) else _finish(current)
 
 
 def _ranks(recipe: Recipe) -> Any:
@@ -89,6 +89,12 @@ def _ranks(recipe: Recipe) -> Any:
     from pascaline.train import parallel
 
     return parallel.start(choose(recipe.device))
+
+
+def _dismiss(recipe: Recipe) -> None:
+    """There is nothing to train: let the other ranks go."""
+    if "RANK" in os.environ:
+        _ranks(recipe).tell()
 
 
 def _follow(recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -121,7 +127,7 @@ def _finish(current: Any) -> dict[str, Any]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     report = evaluation.report(current)
-    curves = {name: Metrics.read(current.folder(name) / "metrics.jsonl") for name in STAGES}
+    curves = {name: Metrics.read(current.folder(name) / "metrics.jsonl") for name in current.recipe.stages}
     write_json(out / "report.json", report)
     write_atomic(out / "report.html", report_html(report, curves))
     complete(out)
@@ -149,12 +155,13 @@ def _settle(recipe: Recipe, out: Path) -> Recipe:
     for key in RESOLVED_LATER:
         if asked[key] == "auto":
             asked[key] = stored.get(key)
-    stored |= {key: asked[key] for key in WATCHING}
-    different = differences(stored, asked)
+    # Keys that are newer than the run have their defaults.
+    kept = parse(stored | {key: asked[key] for key in WATCHING}, str(out / "recipe.json"))
+    different = differences(kept.model_dump(mode="json"), asked)
     if different:
         keys = ", ".join(different[:SHOWN]) + (f" and {len(different) - SHOWN} more" if different[SHOWN:] else "")
         raise BadInput(f"{out} holds a run of another recipe (different: {keys}); choose another folder, or --fresh to start over.")
-    return Recipe.model_validate(stored)
+    return kept
 
 
 def _write_recipe(recipe: Recipe, out: Path) -> None:

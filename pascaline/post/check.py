@@ -23,10 +23,13 @@ def check(recipe: Recipe) -> None:
         raise BadInput(f"tokenizer.vocab_size = {recipe.tokenizer.vocab_size} is smaller than the byte alphabet and the special tokens; "
                        f"take at least {least}.")  # fmt: skip
     config = model_config(recipe, recipe.tokenizer.vocab_size)
-    for name in ("pretrain", "sft", "rl"):
-        length = getattr(recipe, name).sequence_length
-        if length > config.max_position_embeddings:
-            raise BadInput(f"{name}.sequence_length = {length} is more than the model's {config.max_position_embeddings} positions.")
+    positions = config.max_position_embeddings
+    for name in ("pretrain", "extend", "sft", "rl"):
+        if name == "extend" and recipe.extend:
+            _check_extend(recipe, positions)
+            positions = recipe.extend.length
+        if (stage := getattr(recipe, name)) and stage.sequence_length > positions:
+            raise BadInput(f"{name}.sequence_length = {stage.sequence_length} is more than the model's {positions} positions.")
     _check_puzzles(recipe)
     _check_filters(recipe)
     _check_mixture(recipe)
@@ -42,6 +45,18 @@ def check_sinks(recipe: Recipe) -> None:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:
             raise BadInput(f"sinks: {name} is not installed; pip install {name} (or pascaline[watch] for all of them), or leave it out.")
+
+
+def _check_extend(recipe: Recipe, positions: int) -> None:
+    assert recipe.extend is not None
+    if recipe.extend.length <= positions:
+        raise BadInput(f"extend.length = {recipe.extend.length} must be more than the model's {positions} positions "
+                       "(model.max_position_embeddings).")  # fmt: skip
+    if recipe.pretrain.sequence_length < positions:
+        raise BadInput(f"extend stretches the model's {positions} positions, of which pretrain.sequence_length = "
+                       f"{recipe.pretrain.sequence_length} trains no more; set model.max_position_embeddings to that.")  # fmt: skip
+    if not recipe.corpus.held_out:
+        raise BadInput("extend is judged on documents that no stage trains on: corpus.held_out must be more than 0 (0.02).")
 
 
 def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:

@@ -9,23 +9,22 @@ import torch
 from pascaline.data.puzzles import Problem, Verdict
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.eval import passk, tasks
-from pascaline.ledger import Totals, cost
+from pascaline.ledger import COST, Totals, cost
 from pascaline.model import hf
+from pascaline.post import extension
 from pascaline.post.stages import PLAIN_ANSWER, Run
 from pascaline.post.verifiers import verdict
-from pascaline.recipe import STAGES
 from pascaline.runs import machine, read_json, versions, write_json
 from pascaline.stopping import Interrupt
 from pascaline.train.loop import active_parameters
 
 VOTES = (1, 2, 4, 8, 16, 32)
 EXAMPLES = 3
-COST = ("seconds", "tokens", "flops")  # of a part
 SEED = 1_000_003  # of the evaluation problems: one set for every run, so that runs can be compared
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """Measure pretrain, sft and rl under several protocols; each piece is kept in parts/, so an interrupted evaluation goes on."""
+    """Measure the base model, sft and rl under several protocols; each piece is kept in parts/, so an interrupted evaluation goes on."""
     plan = run.recipe.eval
     problems = tasks.held_out(plan.puzzles, run.recipe.puzzles, plan.problems, SEED)
     main = problems[plan.puzzles[0]]
@@ -38,7 +37,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         pieces.append((model, f"{model}-{name}", work))
 
     # The base model reads plain text: it meets chat tokens only in sft.
-    piece("pretrain", "plain", lambda engine: _base(engine, main, plan.temperature, plan.top_p, plan.max_tokens))
+    piece(_base_stage(run), "plain", lambda engine: _base(engine, main, plan.temperature, plan.top_p, plan.max_tokens))
     for model in ("sft", "rl"):
         for temperature, top_p, samples in protocols:
             sampling = Sampling(temperature, top_p, plan.max_tokens, samples, seed=SEED)
@@ -49,6 +48,11 @@ def evaluate(run: Run) -> dict[str, Any]:
         sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, plan.votes, seed=SEED + 1)
         piece(model, "votes", lambda engine, s=sampling: _votes(engine, main[: plan.vote_problems], s))  # type: ignore[misc]
     return _work(run, pieces)
+
+
+def _base_stage(run: Run) -> str:
+    """The stage whose model sft starts from."""
+    return run.recipe.stages[run.recipe.stages.index("sft") - 1]
 
 
 def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, Any]]]]) -> dict[str, Any]:
@@ -113,12 +117,13 @@ def report(run: Run) -> dict[str, Any]:
     """The content of report.json, read back from the stages' folders."""
     parts = {p.stem: read_json(p) or {} for p in sorted((run.folder("eval") / "parts").glob("*.json"))}
     main, plan = f"t{run.recipe.eval.temperature:g}", run.recipe.eval.puzzles
-    measured = {"pretrain": parts["pretrain-plain"], "sft": parts[f"sft-{main}"], "rl": parts[f"rl-{main}"]}
+    base = _base_stage(run)
+    measured = {base: parts[f"{base}-plain"], "sft": parts[f"sft-{main}"], "rl": parts[f"rl-{main}"]}
     keys = ("accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens")
     rows = []
     spent = cost(run.out)
     final = {entry["name"]: entry["final"] for entry in spent.get("stages", [])}
-    for name in STAGES:
+    for name in run.recipe.stages:
         facts, own = measured.get(name, {}), final.get(name, {})
         rows.append({"name": name, **{k: facts.get(k) for k in keys}, "seconds": own.get("seconds"), "flops": own.get("flops")})
     protocols = [
@@ -139,8 +144,9 @@ def report(run: Run) -> dict[str, Any]:
     def curve(kind: str) -> list[dict[str, Any]]:
         return [{"k": k, "accuracy": a, "before": b} for k, a, b in zip(after["k"], after[kind], before[kind], strict=True)]
 
+    extended = {"extension": read_json(run.folder("extend") / extension.FILE)} if run.recipe.extend else {}
     return {
-        "stages": rows, "protocols": protocols, "gain": {"points": 100 * gain, "low": 100 * low, "high": 100 * high},
+        **extended, "stages": rows, "protocols": protocols, "gain": {"points": 100 * gain, "low": 100 * low, "high": 100 * high},
         "majority": curve("majority"), "best_of": curve("best_of"), "votes_n": after["n"], "examples": examples,
         "ledger": spent, "seed": run.recipe.seed, "versions": versions(),
         "machine": machine(None if run.device.type == "cpu" else str(run.device)) | {"dtype": str(run.dtype).removeprefix("torch."),

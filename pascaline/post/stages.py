@@ -26,11 +26,12 @@ from pascaline.errors import BadInput
 from pascaline.ledger import Attempt, stage_cost
 from pascaline.model import hf
 from pascaline.model.transformer import Model
+from pascaline.post import extension
 from pascaline.post.check import model_config
 from pascaline.post.rollout import Rollouts
 from pascaline.post.sft import puzzle_samples
 from pascaline.progress import Progress
-from pascaline.recipe import STAGES, Pretrain, Recipe, Sft, Stage
+from pascaline.recipe import Extend, Pretrain, Recipe, Sft, Stage
 from pascaline.runs import atomic_path, lineage, write_atomic
 from pascaline.stopping import Interrupt
 from pascaline.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ from pascaline.train.parallel import ALONE, Ranks
 from pascaline.train.schedule import ramp
 from pascaline.train.sinks import Sinks
 
-TOGETHER = ("pretrain", "sft")  # stages that all ranks work at; the leader does the others alone
+TOGETHER = ("pretrain", "extend", "sft")  # stages that all ranks work at; the leader does the others alone
 TOKENIZER_BYTES = 8_000_000  # of text to learn merges from; more changes little
 BATCH = 1000  # documents encoded at once
 
@@ -58,7 +59,11 @@ class Run:
     attempt: Attempt | None = None  # at the stage under way
 
     def folder(self, stage: str) -> Path:
-        return self.out / f"{STAGES.index(stage) + 1:02d}-{stage}"
+        return self.out / f"{self.recipe.stages.index(stage) + 1:02d}-{stage}"
+
+    def before(self, stage: str) -> Path:
+        """The folder of the stage before."""
+        return self.folder(self.recipe.stages[self.recipe.stages.index(stage) - 1])
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder("tokenizer"))
@@ -193,19 +198,46 @@ def pretrain(run: Run) -> dict[str, Any]:
     """Next-token prediction on the packed corpus, from random weights."""
     stage, own = run.recipe.pretrain, run.tokenizer()
     model = Model(model_config(run.recipe, own.vocab_size)).init_(run.recipe.seed).to(run.device)
-    row = stage.sequence_length
-    samples = CorpusSamples(Corpus(run.folder("tokenizer") / "shards"), row)
+    row, shards = stage.sequence_length, Corpus(run.folder("tokenizer") / "shards")
+    samples = CorpusSamples(shards, row, run.recipe.corpus.held_out)
+    if run.recipe.extend:
+        extension.held_out_texts(shards, run.recipe, model.config.max_position_embeddings)  # what it lacks is said before days of training
     rows = max(stage.tokens_per_step // row, 1)
     first = max(stage.ramp_from // row, 1) if stage.ramp_from else rows
     plan = ramp(stage.tokens, row, rows, first, int(stage.ramp_until * stage.tokens))
     return _train(run, "pretrain", model, _loader(run, stage, samples, row, plan), len(plan))
 
 
+def extend(run: Run) -> dict[str, Any]:
+    """A longer context: YaRN, and next-token prediction on long rows of the same corpus (DeepSeek-V3, arXiv 2412.19437 section 4.3).
+    extension.json says what each of the two did."""
+    stage, folder, base = run.recipe.extend, run.folder("extend"), run.before("extend") / "model"
+    assert stage is not None
+    model = hf.load(base, device=run.device)
+    old, new = model.config, model.config.extended(stage.length)
+    shards, row = Corpus(run.folder("tokenizer") / "shards"), stage.sequence_length or stage.length
+    texts = extension.held_out_texts(shards, run.recipe, old.max_position_embeddings)
+    check = extension.Check(folder, run.tokenizer(), texts, old.max_position_embeddings, stage, run.progress)
+    roomy = old.model_copy(update={"max_position_embeddings": stage.length})
+    if run.attempt:
+        run.attempt.follow(lambda: (check.spent, check.stands))
+    if run.ranks.leader:
+        check.measure("plain", lambda: hf.load(base, run.dtype, run.device).reposition_(roomy))
+        check.measure("yarn", lambda: hf.load(base, run.dtype, run.device).reposition_(new))
+    run.ranks.tell()
+    loader = _loader(run, stage, CorpusSamples(shards, row, run.recipe.corpus.held_out, stage.shortest), row)
+    summary = _train(run, "extend", model.reposition_(new), loader, -(-stage.tokens // loader.step_tokens))
+    if run.ranks.leader:
+        check.measure("tuned", lambda: hf.load(folder / "model", run.dtype, run.device))
+        check.finish(new.rope.factor)
+    return summary
+
+
 def sft(run: Run) -> dict[str, Any]:
     """A cold start on chats: thought, then answer; loss on the assistant's tokens."""
     stage = run.recipe.sft
     samples = ListSamples(puzzle_samples(run.recipe.puzzles, run.tokenizer(), run.recipe.seed))
-    model = hf.load(run.folder("pretrain") / "model", device=run.device)
+    model = hf.load(run.before("sft") / "model", device=run.device)
     longest, room = int(samples.lengths.max()), model.config.max_position_embeddings
     if longest > room:
         raise BadInput(f"the longest chat has {longest} tokens, the model only {room} positions; raise model.max_position_embeddings.")
@@ -223,7 +255,7 @@ def rl(run: Run) -> dict[str, Any]:
     return _train(run, "rl", model, rollouts, stage.steps)
 
 
-def _loader(run: Run, stage: Pretrain | Sft, samples: Samples, row: int, plan: Sequence[int] = ()) -> Loader:
+def _loader(run: Run, stage: Pretrain | Extend | Sft, samples: Samples, row: int, plan: Sequence[int] = ()) -> Loader:
     rows = max(stage.tokens_per_step // row, 1)
     micro = min(max(stage.micro_tokens // row, 1), -(-rows // run.ranks.size))
     return Loader(samples, row, rows, micro, run.tokenizer().pad, run.recipe.seed, plan, run.ranks.rank, run.ranks.size)
@@ -249,7 +281,6 @@ def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[s
 
 def record(run: Run, name: str) -> None:
     """lineage.json of a finished stage."""
-    before = STAGES[: STAGES.index(name)]
-    parents = [run.folder(before[-1])] if before else []
+    parents = [] if name == run.recipe.stages[0] else [run.before(name)]
     lineage(run.folder(name), parents=parents, seed=run.recipe.seed, cost=stage_cost(run.out, name),
             accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype), stage=name)  # fmt: skip

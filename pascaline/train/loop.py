@@ -7,7 +7,7 @@ its last checkpoint ends with the same bits.
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -247,7 +247,7 @@ class Trainer:
         """Begin to write a checkpoint, and wait for it if it `must` be written. A full disk is an error only then; else the run goes on
         without."""
         self._saved(progress, must=False)
-        facts = {"totals": vars(self.totals), "guard": self.guard.facts()}
+        facts = {"totals": asdict(self.totals), "guard": self.guard.facts()}  # copies: they are written while training goes on
         trouble: OSError | None = None
         try:
             self._log(None)

@@ -162,3 +162,24 @@ def test_a_corpus_through_the_loader(tmp_path):
     assert set(seen.tolist()) == set(range(sum(lengths)))
     for batch in loader.step(0):
         assert batch.tokens.dtype == torch.int64 and not batch.streams["ce"][batch.positions == 0].any()
+
+
+def test_short_and_held_out_documents_are_left_out_whole(tmp_path):
+    shards = corpus(tmp_path, [5, 40, 12, 33, 40, 7, 21, 16, 50, 11])
+    held_out = shards.held_out(0.5)
+    assert 0 < held_out.sum() < 10 and not shards.held_out(0.0).any() and (shards.held_out(0.3) <= held_out).all()
+    sizes = np.diff([*shards.starts.tolist(), shards.tokens])
+    everything, some = CorpusSamples(shards, 16), CorpusSamples(shards, 16, 0.5, 12)
+    kept = np.flatnonzero(~held_out & (sizes >= 12)).tolist()
+    assert sorted(set(everything.owner.tolist())) == list(range(10)) and sorted(set(some.owner.tolist())) == kept
+    found = sorted(t for i in range(len(some.lengths)) for t in some.get(i).tokens.tolist())
+    assert found == sorted(t for i in kept for t in shards.document(i).tolist())
+
+
+def test_equal_documents_are_on_the_same_side(tmp_path):
+    with ShardWriter(tmp_path, 100) as writer:
+        for _ in range(3):
+            for n in range(20):
+                writer.add(np.arange(n, n + 9), "test")
+    side = Corpus(tmp_path).held_out(0.5).reshape(3, 20)
+    assert (side == side[0]).all() and 0 < side[0].sum() < 20

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascaline.data import puzzles
-from pascaline.data.puzzles import Problem, Verdict, chain, countdown
+from pascaline.data.puzzles import Problem, Verdict, chain, countdown, needle
 from pascaline.data.puzzles.expression import evaluate
 from pascaline.errors import BadInput
 
@@ -26,6 +26,8 @@ DIALS = [
     ("chain", {}),
     ("chain", {"steps": 2}),
     ("chain", {"steps": [2, 5], "modulo": 50}),
+    ("needle", {}),
+    ("needle", {"refrains": [0, 30], "digits": 4}),
 ]
 
 
@@ -414,6 +416,30 @@ def test_chain_trace_qualities_do_what_they_say():
     assert empty == 1 and abs(right - 0.2575) < 0.04
     problem = Problem("chain", "", "", {"start": 7, "steps": [["+", 5], ["*", 3], ["-", 4]], "modulo": 100})
     assert chain.trace(problem, rng, slip=0.0, direct=0.0) == puzzles.Trace("7+5=12\n12*3=36\n36-4=32", "32")
+
+
+def test_needles_have_the_lengths_depths_and_digits_of_their_dials():
+    drawn = puzzles.problems("needle", 4000, 1, False, refrains=[1, 30], digits=[2, 7])
+    assert {p.data["refrains"] for p in drawn} == set(range(1, 31))
+    assert Counter(len(p.data["value"]) for p in drawn).keys() == {2, 3, 4, 5, 6, 7} and all(p.data["value"][0] != "0" for p in drawn)
+    depths = [p.data["before"] / p.data["refrains"] for p in drawn]
+    assert min(depths) == 0 and max(depths) == 1 and abs(sum(depths) / len(depths) - 0.5) < 0.03
+    for problem in drawn[:200]:
+        assert problem.prompt.count(needle.REFRAIN) == problem.data["refrains"] and problem.prompt.count(problem.data["value"]) == 1
+        assert problem.key == needle.write(problem.data["key"], problem.data["value"], 99, 5).key  # the same needle in any haystack
+
+
+def test_needle_traces_say_the_number_and_slips_are_wrong():
+    rng = random.Random(0)
+    for problem in puzzles.problems("needle", 200, 2, False):
+        value = problem.data["value"]
+        said = f"The special magic number for {problem.data['key']} mentioned in the provided text is {value}."
+        assert needle.trace(problem, rng) == puzzles.Trace(said, value)
+        off = needle.trace(problem, rng, slip=1.0)
+        assert needle.verify(problem, off.answer) is Verdict.WRONG and f" {off.answer}." in off.thought
+        assert sum(a != b for a, b in zip(off.answer, value, strict=True)) == 1
+        for wrong in [f"0{value}", f"+{value}", f"{value}.0", value[:-1], f"{value} {value}", "", problem.prompt]:
+            assert needle.verify(problem, wrong) is Verdict.WRONG
 
 
 @pytest.mark.parametrize(("name", "dials"), DIALS)

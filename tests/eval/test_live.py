@@ -9,7 +9,7 @@ import pytest
 
 from pascaline.eval.live import draw, standing, standing_table
 from pascaline.eval.report import aligned
-from pascaline.recipe import STAGES
+from pascaline.recipe import Recipe
 from pascaline.runs import Metrics
 
 
@@ -54,7 +54,7 @@ def test_the_cost_is_shown_and_the_price_may_be_given_later(half: Path, tmp_path
     assert code == 0 and "kWh" in out and "money" in out and "200 W a device" in out and "kWh" in (half / "report.html").read_text()
     code, out, _ = forked.call(tmp_path, "report", half, "--price", 3, "--watts", 200, "--json")
     told = json.loads(out)["ledger"]
-    assert [stage["name"] for stage in told["stages"]] == list(STAGES)
+    assert [stage["name"] for stage in told["stages"]] == list(Recipe().stages)
     total = told["total"]["all"]
     assert set(total) == {"seconds", "device_hours", "flops", "kwh", "money"} and total["device_hours"] > 0
     assert total["money"] == pytest.approx(3 * total["device_hours"]) and total["kwh"] == pytest.approx(0.2 * total["device_hours"])

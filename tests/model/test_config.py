@@ -144,3 +144,24 @@ def test_init_is_a_normal_of_the_configured_range_and_repeats():
             assert not torch.equal(parameter, dict(other.named_parameters())[name]), name
             assert float(parameter.detach().mean().abs()) < 0.01 and float(parameter.detach().std()) == pytest.approx(0.05, rel=0.1), name
     assert all(not r.e_score_correction_bias.any() for r in model.routers())
+
+
+def test_an_extended_model_has_yarn_from_its_own_length():
+    config = tiny_config(rope=Rope(rope_theta=500.0)).extended(320)
+    assert config.max_position_embeddings == 320
+    constants = dict(mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=128)
+    assert config.rope == Rope(rope_type="yarn", rope_theta=500.0, factor=2.5, **constants)
+    assert (config.rope.beta_fast, config.rope.beta_slow, config.rope.amplitude) == (32.0, 1.0, 1.0)
+    assert config.attention_scale == pytest.approx(config.qk_head_dim**-0.5 * (0.1 * torch.tensor(2.5).log().item() + 1) ** 2)
+
+
+def test_v3_before_its_extension_becomes_v3():
+    v3 = from_recipe({"preset": "v3-671b"})
+    assert v3.model_copy(update={"rope": Rope(), "max_position_embeddings": 4096}).extended(163840) == v3
+
+
+def test_extending_again_starts_from_the_original_length_and_keeps_the_constants():
+    once = tiny_config().extended(512)
+    assert once.extended(1024) == tiny_config().extended(1024)
+    own = tiny_config(rope=Rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=8.0, mscale=0.7))
+    assert own.extended(256).rope == own.rope.model_copy(update={"factor": 8.0})

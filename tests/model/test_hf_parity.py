@@ -200,6 +200,23 @@ def test_both_rope_spellings_load_to_the_same_config(number, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lengths", [(320,), (256, 512)], ids=["once", "twice"])
+def test_an_extended_model_is_transformers_extended_model(tmp_path, lengths):
+    """At positions past its first length, and not by luck: the model as it was says something else there."""
+    model = tiny_model()
+    seen = tokens(1, model.config.vocab_size, lengths[-1])
+    with torch.no_grad():
+        before = model(seen)
+        for length in lengths:
+            model.reposition_(model.config.extended(length))
+        after = model(seen)
+        model.save(tmp_path)
+        expected = load_theirs(tmp_path)(seen).logits
+    assert relative_error(after[:, 128:], expected[:, 128:]) < 1e-4 and relative_error(after[:, :128], expected[:, :128]) < 1e-4
+    assert relative_error(before[:, 128:], expected[:, 128:]) > 0.01
+    assert hf.load(tmp_path).config == model.config
+
+
 def test_yarn_without_an_original_length_takes_the_models_own(tmp_path):
     """As transformers does."""
     ours(1).save(tmp_path)

@@ -45,7 +45,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
     yield found
 
 
-@pytest.mark.parametrize("name", ["tiny", "laptop"])
+@pytest.mark.parametrize("name", ["tiny", "laptop", "extend"])
 def test_training_never_draws_a_held_out_problem(
     name: str, drawn: list[Problem], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -378,6 +378,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(straight, tmp_path, monk
     one.run(source, STEPS, quiet=True)
     monkeypatch.undo()
     assert len(writing) == STEPS // 2 and weights(tmp_path) == weights(straight)
+    told = [json.loads((tmp_path / "state" / f"step-{step}" / "state.json").read_text())["totals"]["tokens"] for step in (2, 4)]
+    assert told == [sum(row["tokens"] for row in rows(straight)[:step]) for step in (2, 4)]
     shutil.rmtree(tmp_path / "model")
     checkpoint.forget_after(tmp_path, 4)
     trainer(tmp_path, 3).run(loader(), STEPS, quiet=True)

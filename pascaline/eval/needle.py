@@ -1,0 +1,72 @@
+"""Needle recall over length and depth: RULER's S-NIAH-1 (arXiv 2404.06654) with the needles of data/puzzles/needle.py.
+
+Greedy; right is the whole number and nothing but it (RULER's own score also counts a number inside a longer one). No training stage
+draws these needles: they are the held-out side of the puzzle's split, from a seed of their own.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pascaline.data import puzzles
+from pascaline.data.puzzles import Problem, needle
+from pascaline.engine import Engine, Sampling
+from pascaline.eval import passk
+from pascaline.tokenizer import Tokenizer
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SEED = 1_000_003
+ANSWER_TOKENS = needle.DIGITS + 2  # a space, the digits one by one, and what ends them
+
+
+def recall(
+    engine: Engine, lengths: Sequence[int], count: int, seed: int = SEED, watch: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Recall at each length, over all depths with its 95 % interval and by depth; `count` needles for each of the two together.
+
+    lengths: tokens of prompt and answer together. One that holds no haystack at all is left out. watch is called after each length.
+    """
+    own, found = engine.tokenizer, []
+    assert own is not None
+    cells = len(DEPTHS) * count
+    drawn = puzzles.problems("needle", cells * len(lengths), seed, held_out=True)
+    for i, length in enumerate(lengths):
+        written = [fill(p, own, length, DEPTHS[j // count]) for j, p in enumerate(drawn[i * cells : (i + 1) * cells])]
+        problems = [p for p in written if p is not None]
+        if problems and len(problems) == len(written):
+            outputs = engine.generate([prompt(p, own) for p in problems], Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS))
+            right = [score(p, group[0].text) for p, group in zip(problems, outputs, strict=True)]
+            found.append({"length": length, **_mean(right), "by_depth": [
+                {"depth": depth, **_mean(right[k * count : (k + 1) * count])} for k, depth in enumerate(DEPTHS)
+            ]})  # fmt: skip
+        watch()
+    return found
+
+
+def fill(problem: Problem, tokenizer: Tokenizer, length: int, depth: float) -> Problem | None:
+    """The same needle in as many refrains as fit into `length` tokens, `depth` of them before it; None if not even one fits."""
+    key, value = problem.data["key"], problem.data["value"]
+
+    def tokens(refrains: int) -> int:
+        return len(prompt(needle.write(key, value, refrains, round(depth * refrains)), tokenizer)) + ANSWER_TOKENS
+
+    # Merges never cross the line ends around a refrain, so each costs the same.
+    least, each = tokens(1), tokens(2) - tokens(1)
+    refrains = 1 + (length - least) // each
+    return needle.write(key, value, refrains, round(depth * refrains)) if refrains > 0 else None
+
+
+def prompt(problem: Problem, tokenizer: Tokenizer) -> list[int]:
+    """Plain text for a model that has seen no chat, up to where the number stands."""
+    return [tokenizer.begin, *tokenizer.encode(f"{problem.prompt}\n{needle.opening(problem)}")]
+
+
+def score(problem: Problem, continuation: str) -> bool:
+    """Whether the first word of the continuation is the number, up to punctuation after it."""
+    said = re.match(r"\s*([0-9]+)(?![\w,]|\.[0-9])", continuation)
+    return said is not None and said[1] == problem.data["value"]
+
+
+def _mean(right: Sequence[bool]) -> dict[str, Any]:
+    mean, low, high = passk.mean_interval(right)
+    return {"recall": mean, "low": low, "high": high, "n": len(right)}
