@@ -40,8 +40,15 @@ class Batch:
         return stream[:, 1:].flatten()
 
     def to(self, device: "device") -> "Batch":
-        moved = {name: stream.to(device) for name, stream in self.streams.items()}
-        return Batch(self.tokens.to(device), self.positions.to(device), self.document_ids.to(device), moved)
+        streams = {name: moved(stream, device) for name, stream in self.streams.items()}
+        return Batch(moved(self.tokens, device), moved(self.positions, device), moved(self.document_ids, device), streams)
+
+
+def moved(tensor: "Tensor", device: "device") -> "Tensor":
+    """`tensor` on the device, which need not have done what it was told before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pack(lengths: Sequence[int] | np.ndarray, row: int) -> list[list[int]]:

@@ -69,14 +69,16 @@ class Router(nn.Module):
         return weight_nK * c.routed_scaling_factor, Routing(logits_nE, index_nK)
 
     @torch.no_grad()
-    def balance(self, load_E: Tensor, rate: float | Tensor) -> None:
+    def balance(self, load_E: Tensor, rate: float, fine: Tensor | None = None) -> None:
         """b += rate * sign(mean(load) - load), then centred, so that overloaded experts are chosen less (arXiv 2408.15664).
 
-        load_E: tokens routed to each expert over a whole optimizer step, all micro-batches and ranks. A rate of 0 changes nothing.
+        load_E: tokens routed to each expert over a whole optimizer step, all micro-batches and ranks. Where `fine` (a bool on the
+        device) does not hold, nothing changes.
         """
-        load = load_E.float()
-        push = rate * torch.sign(load.mean() - load)
-        self.e_score_correction_bias += push - push.mean()
+        load, bias = load_E.float(), self.e_score_correction_bias
+        moved = bias + rate * torch.sign(load.mean() - load)
+        moved -= moved.mean()
+        bias.copy_(moved if fine is None else torch.where(fine, moved, bias))
 
 
 class Experts(nn.Module):

@@ -137,7 +137,7 @@ class Trainer:
                     values[name] = values[name] + part if name in values else part
             row["lr"] = schedule.learning_rate(self.stage, step, steps) * self.guard.slower
             values = self._update(step, steps, row["lr"], limits, values)
-        values["asked"] = self.ranks.sum(torch.tensor(float(interrupt.requested), device=self.model.device))
+        values["asked"] = self.ranks.sum(torch.full((), float(interrupt.requested), device=self.model.device))
         flat, arrived = _to_host(torch.cat([value.detach().flatten().float() for value in values.values()]))
         names = {name: value.shape for name, value in values.items()}
         self.launched.append(Launched(step, began, row, batches, limits, names, flat, arrived))
@@ -161,7 +161,7 @@ class Trainer:
             values["max_logit"] = self.clipping.clip(fine)
         if rate := schedule.balance_rate(self.stage, step, steps):
             for router, load in zip(self.routers, values["load"], strict=False):  # the MTP modules', last, only run under their loss
-                router.balance(load, rate * fine)
+                router.balance(load, rate, fine)
         return values
 
     def _settle(self, source: Source, running: int, progress: Progress) -> bool:

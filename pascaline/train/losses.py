@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pascaline.data.batch import Batch
+from pascaline.data.batch import Batch, moved
 from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
 
@@ -46,7 +46,7 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     """This micro-batch's share of the step's loss (a scalar with gradient), detached parts to log (shares that add up over the
     micro-batches), and expert loads [L, E] with the MTP modules' routers last. The batch may still lie in the host's memory: then
     nothing here waits for the device."""
-    keep = _counting(batch, total).to(model.device)
+    keep = moved(_counting(batch, total), model.device)
     batch = batch.to(model.device)
     hidden, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids)
     weights = {n: batch.weight(n) for n in WEIGHTS if total.get(n)}

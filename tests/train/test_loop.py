@@ -160,7 +160,7 @@ def test_one_balance_step_counts_the_whole_optimizer_step(tmp_path, monkeypatch)
     calls = []
     one = trainer(tmp_path)
     for router in one.routers:
-        monkeypatch.setattr(router, "balance", lambda load, rate: calls.append((load.tolist(), round(float(rate), 6))))
+        monkeypatch.setattr(router, "balance", lambda load, rate, fine: calls.append((load.tolist(), rate)))
     one.run(loader(), 1, quiet=True)
     assert len(calls) == 2 and {rate for _, rate in calls} == {0.01}
     real = 2 * rows(tmp_path)[0]["tokens"]
