@@ -4,6 +4,7 @@ included; time: in turns. Ratios are to the whole logits; an error is of the wei
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 if hasattr(nn, "LinearCrossEntropyOptions"):
     LOSSES["linear_cross_entropy"] = lambda h, w, t: F.linear_cross_entropy(h, w, t, options=nn.LinearCrossEntropyOptions())
+    # What weights of its own for each token need, as in losses.compute.
+    LOSSES["... of each token"] = lambda h, w, t: F.linear_cross_entropy(
+        h, w, t, options=nn.LinearCrossEntropyOptions(), reduction="none"
+    ).mean()
 
 
 class Head:
@@ -79,8 +84,10 @@ def compare(size: tuple[int, int, int], dtype: str, device: torch.device, rounds
     right = exact.slope("whole logits")
     found: dict[str, Any] = {}
     for name in LOSSES:
+        # Every large tensor gets pages of its own and gives them back, so that resident memory is what is in use.
+        settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         asked = [sys.executable, __file__, "--alone", json.dumps([name, size, dtype, str(device)])]
-        found[name] = {"peak_mb": json.loads(subprocess.run(asked, check=True, capture_output=True, text=True).stdout)}
+        found[name] = {"peak_mb": json.loads(subprocess.run(asked, check=True, capture_output=True, text=True, env=settings).stdout)}
         found[name]["error"] = float((head.slope(name) - right).norm() / right.norm())
     del exact, right
     rates = alternate({name: lambda name=name: head.step(name) for name in LOSSES}, rounds)  # type: ignore[misc]

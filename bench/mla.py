@@ -2,7 +2,8 @@
 share them (GQA, MQA). Each kind at the best of five learning rates (latent attention's is rank 32's, MQA's is GQA's), three seeds, 95 %
 intervals, those of the differences to MHA paired by seed. A byte-level model on Python's standard library.
 
-Heads are as many as give the grouped kinds about the parameters of latent attention of rank 32; a head of theirs is wholly rotated.
+All have the same four heads, partly rotated; only the way to their keys and values differs. MHA has about the parameters of latent
+attention of rank 64, GQA of rank 32, MQA of rank 16.
 """
 
 import argparse
@@ -21,44 +22,46 @@ from pascaline.model.transformer import Model
 STEPS = 300
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 RANKS = (8, 16, 32, 64)
-GROUPED = {"MHA": (5, 5), "GQA": (8, 2), "MQA": (8, 1)}  # heads, and those with keys and values
+GROUPED = {"MHA": 4, "GQA": 2, "MQA": 1}  # heads with keys and values
 TUNED = {"MLA": "MLA rank 32", "MHA": "MHA", "GQA": "GQA", "MQA": "GQA"}  # whose learning rate a kind takes
 
 
 class GroupedAttention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with the model's rotary positions, in place of LatentAttention; for training only."""
+    """Grouped-query attention (arXiv 2305.13245) with latent attention's heads, in its place; for training only."""
 
-    def __init__(self, heads: int, groups: int):
+    def __init__(self, groups: int):
         super().__init__()
-        self.width = CONFIG.qk_rope_head_dim
-        self.heads, self.groups = heads, groups
-        self.qkv_proj = nn.Linear(CONFIG.hidden_size, (heads + 2 * groups) * self.width, bias=False)
-        self.o_proj = nn.Linear(heads * self.width, CONFIG.hidden_size, bias=False)
+        self.heads, self.groups = CONFIG.num_attention_heads, groups
+        self.widths = [self.heads * CONFIG.qk_head_dim, groups * CONFIG.qk_head_dim, groups * CONFIG.v_head_dim]
+        self.qkv_proj = nn.Linear(CONFIG.hidden_size, sum(self.widths), bias=False)
+        self.o_proj = nn.Linear(self.heads * CONFIG.v_head_dim, CONFIG.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, turn: Tensor, mask_BTT: Tensor, cache: Cache | None = None) -> Tensor:
-        qkv = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.width))
-        qk, v = qkv.split([self.heads + self.groups, self.groups], 2)
-        q, k = rotate(qk, turn).split([self.heads, self.groups], 2)
-        k, v = (shared.repeat_interleave(self.heads // self.groups, 2).transpose(1, 2) for shared in (k, v))
-        return self.o_proj(attend(q.transpose(1, 2), k, v, mask_BTT, self.width**-0.5).transpose(1, 2).flatten(2))
+        q, k, v = self.qkv_proj(x_BTD).split(self.widths, -1)
+        qk = torch.cat((q, k), -1).unflatten(-1, (self.heads + self.groups, -1))
+        still, turned = qk.split([CONFIG.qk_nope_head_dim, CONFIG.qk_rope_head_dim], -1)
+        q, k = torch.cat((still, rotate(turned, turn)), -1).split([self.heads, self.groups], 2)
+        k, v = (shared.repeat_interleave(self.heads // self.groups, 2) for shared in (k, v.unflatten(-1, (self.groups, -1))))
+        mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask_BTT, CONFIG.attention_scale)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 def latent(rank: int) -> Model:
     return Model(CONFIG.model_copy(update={"kv_lora_rank": rank}))
 
 
-def grouped(heads: int, groups: int) -> Model:
+def grouped(groups: int) -> Model:
     model = Model(CONFIG)
     for layer in model.model.layers:
-        layer.self_attn = GroupedAttention(heads, groups)
+        layer.self_attn = GroupedAttention(groups)
     return model
 
 
 ARMS = {f"MLA rank {rank}": Arm(partial(latent, rank)) for rank in RANKS} | {
-    kind: Arm(partial(grouped, *heads)) for kind, heads in GROUPED.items()
+    kind: Arm(partial(grouped, groups)) for kind, groups in GROUPED.items()
 }
 NUMBERS = {f"MLA rank {rank}": rank + CONFIG.qk_rope_head_dim for rank in RANKS} | {
-    kind: 2 * groups * CONFIG.qk_rope_head_dim for kind, (_, groups) in GROUPED.items()
+    kind: groups * (CONFIG.qk_head_dim + CONFIG.v_head_dim) for kind, groups in GROUPED.items()
 }  # that a token leaves in the cache of a layer
 
 
