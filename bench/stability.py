@@ -26,7 +26,10 @@ RULE = Rule(patience=10, margin=0.1, rewinds=8)
 
 
 class Unguarded(Guard):
-    def judge(self, rule: Rule, loss: float | None, norm: float) -> str:
+    def limits(self, rule: Rule) -> tuple[float, float]:
+        return float("inf"), float("inf")
+
+    def judge(self, rule: Rule, loss: float | None, norm: float, limits: tuple[float, float] | None = None) -> str:
         return ""
 
     def drifted(self, rule: Rule) -> bool:
@@ -39,7 +42,8 @@ class Injected:
     def __init__(self, loader: Loader, trainer: Trainer, kind: str):
         self.loader, self.model, self.kind, self.facts = loader, trainer.model, kind, loader.facts
         self.trainer, self.faster, update = trainer, 1.0, trainer.optimizer.step
-        trainer.optimizer.step = lambda lr, norm: update(lr * self.faster, norm)  # type: ignore[method-assign]
+        free = isinstance(trainer.guard, Unguarded)  # also of what is not finite
+        trainer.optimizer.step = lambda lr, norm, fine: update(lr * self.faster, norm, None if free else fine)  # type: ignore[method-assign]
 
     def step(self, step: int) -> list[Batch]:
         batches = self.loader.step(step)
