@@ -203,7 +203,8 @@ class Trainer:
                 f"{self.guard.in_row}th time in a row; lower {self.name}.lr (now {self.stage.lr:g}) or look at the data."
             )
         row |= {"guard": reason, "skipped": True}
-        own = self.on_model(quarantine.suspects, one.batches, source.documents(one.step + self.guard.shift))
+        with torch.no_grad():
+            own = self.on_model(quarantine.suspects, one.batches, source.documents(one.step + self.guard.shift))
         documents = quarantine.worst(self.ranks.gather(own))
         if self.ranks.leader:
             quarantine.record(self.folder / "quarantine.jsonl", {"step": one.step, "reason": reason, "documents": documents})

@@ -49,12 +49,8 @@ class Ranks:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, self.mesh.get_group())
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether it holds on any rank."""
-        return bool(self.gather(flag).count(True)) if self.size > 1 else flag
-
     def gather(self, thing: Any) -> list[Any]:
-        """What each rank brought, in the order of ranks, on every rank."""
+        """What each rank brought, in the order of ranks, on every rank. Pickled, but only between the processes of one run."""
         found: list[Any] = [thing]
         if self.size > 1:
             found = [None] * self.size

@@ -14,7 +14,6 @@ Names = dict[tuple[int, int], dict[str, Any]]  # (row, document id in the row) -
 MOST = 20
 
 
-@torch.no_grad()
 def suspects(model: Model, batches: list[Batch], names: list[Names]) -> list[dict[str, Any]]:
     """The documents of a rank's batches with their mean loss in nats a token."""
     found = []

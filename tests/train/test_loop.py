@@ -223,6 +223,21 @@ def test_a_step_does_not_wait_for_the_device(kind, tmp_path, monkeypatch):
         one.launched[0].values.tolist()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", [dict(), dict(optimizer="muon", qk_clip=0.1)])
+def test_cuda_is_not_waited_for(kind, tmp_path):
+    """PyTorch itself says where the host would wait; the first steps may, while kernels and constants are made."""
+    one = Trainer(model().to("cuda"), trainee.stage(**kind), Loss(mtp=0.3), tmp_path, "toy", torch.bfloat16)
+    for step in range(2):
+        one._launch(loader(), step, STEPS, Interrupt())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one._launch(loader(), 2, STEPS, Interrupt())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_step_ahead_of_the_host_is_the_same_run(kind, tmp_path):
     """As on an accelerator, with a step that is no number in it, a crash, and the same bits in the end."""
