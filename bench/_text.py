@@ -1,6 +1,7 @@
 """What the benchmarks of training dynamics share: a small byte-level model, rows of Python's standard library, held-out loss, runs at
 tuned learning rates, intervals."""
 
+import argparse
 import math
 import statistics
 import tempfile
@@ -94,6 +95,15 @@ def train(arm: Arm, rate: float, seed: int, data: Texts, steps: int, every: int 
         source = Measured(Loader(ListSamples(data[0]), ROW, ROWS, ROWS, PAD, seed), model, data[1], every)
         trainer.run(source, steps, quiet=True)
     return {**source.curve, steps: held_out_loss(model, data[1], 128 if every else 512)}
+
+
+def command_line(description: str, steps: int) -> argparse.ArgumentParser:
+    """The command line that these benchmarks share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+    return parser
 
 
 def tune(arm: Arm, rates: Iterable[float], data: Texts, steps: int, **how: Any) -> dict[float, float]:

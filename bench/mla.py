@@ -6,13 +6,12 @@ All have the same four heads, partly rotated; only the way to their keys and val
 attention of rank 64, GQA of rank 32, MQA of rank 16.
 """
 
-import argparse
 from functools import partial
 from typing import Any
 
 import torch
 from _common import finish
-from _text import CONFIG, Arm, interval, texts, train, tune
+from _text import CONFIG, Arm, command_line, interval, texts, train, tune
 from torch import Tensor, nn
 
 from pascaline.model.attention import Cache, attend
@@ -66,11 +65,7 @@ NUMBERS = {f"MLA rank {rank}": rank + CONFIG.qk_rope_head_dim for rank in RANKS}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
-    options = parser.parse_args()
+    options = command_line(__doc__ or "", STEPS).parse_args()
     data = texts()
     tuning = {arm: tune(ARMS[arm], RATES, data, options.steps, schedule="wsd") for arm in sorted(set(TUNED.values()))}
     rates = {name: next(iter(tuning[TUNED[name.split()[0]]])) for name in ARMS}

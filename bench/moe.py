@@ -2,13 +2,12 @@
 that the dense one takes; each at the best of five learning rates, three seeds, 95 % intervals of paired differences. A byte-level model
 on Python's standard library."""
 
-import argparse
 import statistics
 from collections.abc import Callable
 from itertools import pairwise
 
 from _common import alternate, finish
-from _text import CONFIG, PAD, ROW, ROWS, Arm, Texts, interval, reached, texts, train, tune
+from _text import CONFIG, PAD, ROW, ROWS, Arm, Texts, command_line, interval, reached, texts, train, tune
 
 from pascaline.data.loader import ListSamples, Loader
 from pascaline.model.transformer import Model
@@ -52,11 +51,8 @@ def at(curve: dict[int, float], step: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser = command_line(__doc__ or "", STEPS)
     parser.add_argument("--rounds", type=int, default=30, help="of one step each, to compare the seconds")
-    parser.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
     options = parser.parse_args()
     data, steps = texts(), options.steps
     tuning = {kind: tune(arm, RATES, data, steps, every=EVERY) for kind, arm in ARMS.items()}

@@ -1,13 +1,12 @@
 """Muon against AdamW: the share of the steps after which Muon has the loss that AdamW ends with (95 % interval over three seeds), both
 at the best of five learning rates, on held-out files of Python's standard library; and what a step costs at the `small` preset."""
 
-import argparse
 import statistics
 import time
 
 import torch
 from _common import finish
-from _text import CONFIG, Arm, interval, reached, texts, train, tune
+from _text import CONFIG, Arm, command_line, interval, reached, texts, train, tune
 
 from pascaline.data.batch import Batch
 from pascaline.model.config import ModelConfig, from_recipe
@@ -42,11 +41,7 @@ def step_seconds(tokens: int = 2048) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
-    options = parser.parse_args()
+    options = command_line(__doc__ or "", STEPS).parse_args()
     data, steps = texts(), options.steps
     tuning = {kind: tune(arm, RATES, data, steps, every=EVERY) for kind, arm in ARMS.items()}
     rates = {kind: next(iter(losses_)) for kind, losses_ in tuning.items()}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from pascaline.device import place
 from pascaline.errors import BadInput
 from pascaline.stopping import Stopped
 
@@ -22,7 +23,6 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Build corpora.", no_args_is_help=True)
 app.add_typer(data, name="data")
-RANK = int(os.environ.get("RANK", "0"))  # of torchrun's processes
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
 
 
@@ -45,7 +45,7 @@ def run(
     report = run_chain(recipe, out, dict(read_setting(s) for s in set or []), stage, fresh, quiet=as_json)
     if as_json:
         print(json.dumps(report))
-    elif not report and RANK:
+    elif not report and place()[0]:
         return  # the first rank speaks
     elif not report:
         print(f"{out}: stage {stage} is done. Run the same command without --stage to go on.")
@@ -230,5 +230,6 @@ def main() -> NoReturn:
 
 
 def _stop(code: int, message: str) -> NoReturn:
-    print(f"pascaline{f' (rank {RANK})' if RANK else ''}: {message}", file=sys.stderr)
+    rank, _ = place()
+    print(f"pascaline{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
     sys.exit(code)

@@ -28,6 +28,12 @@ MARGIN = 1.1  # bfloat16 must win by this much: at a tie the exact format is the
 BUDGET = 0.8  # seconds for the choice of a format
 
 
+def place() -> tuple[int, int]:
+    """(rank, how many) of this process among those that torchrun started; (0, 1) without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ["RANK"]), size) if size > 1 else (0, 1)
+
+
 def choose(device: "str | torch.device" = "auto") -> "torch.device":
     """The device named ("cpu", "cuda", "cuda:1", "mps"), or for "auto" CUDA where there is one, else the CPU.
 

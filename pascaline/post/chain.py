@@ -1,11 +1,10 @@
 """A chain of stages in one folder. Each stage is done once; whatever stops the chain, the same command goes on with it."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from pascaline.device import best_dtype, choose
+from pascaline.device import best_dtype, choose, place
 from pascaline.errors import BadInput, nearest
 from pascaline.ledger import Attempt, cost, set_aside
 from pascaline.post.check import check, check_sinks
@@ -34,7 +33,7 @@ def run(
     parsed, out = load(recipe, overrides), Path(out)
     if stage is not None and stage not in parsed.stages:
         raise BadInput(f"there is no stage '{stage}', only {', '.join(parsed.stages)}{nearest(stage, parsed.stages) or '.'}")
-    if int(os.environ.get("RANK", "0")):
+    if place()[0]:
         return _follow(parsed, out)
     _refuse_foreign(out)
     if fresh or not _begun(out):
@@ -93,7 +92,7 @@ def _ranks(recipe: Recipe) -> Any:
 
 def _dismiss(recipe: Recipe) -> None:
     """There is nothing to train: let the other ranks go."""
-    if "RANK" in os.environ:
+    if place()[1] > 1:
         _ranks(recipe).tell()
 
 

@@ -106,9 +106,7 @@ class Saver:
         except OSError as e:
             return e
         saved = steps(self.folder)
-        kept = {
-            f"step-{s}" for i, s in enumerate(saved) if i >= len(saved) - self.keep_last or (self.keep_every and s % self.keep_every == 0)
-        }
+        kept = {f"step-{s}" for s in saved if s in saved[-self.keep_last :] or (self.keep_every and s % self.keep_every == 0)}
         for other in final.parent.iterdir():
             if other.name not in kept:
                 shutil.rmtree(other, ignore_errors=True)

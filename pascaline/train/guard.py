@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from pascaline.recipe import Guard as Rule
@@ -34,8 +35,8 @@ class Guard:
     slower: float = 1.0  # factor on the learning rate
 
     def limits(self, rule: Rule) -> tuple[float, float]:
-        """Above which loss and which norm a step is a spike, from the steps judged so far."""
-        return limit(self.losses, rule.sigma), limit(self.norms, rule.sigma)
+        """Above which loss and which norm a step is a spike, from the steps judged so far; float32 numbers, as the device's are."""
+        return float(np.float32(limit(self.losses, rule.sigma))), float(np.float32(limit(self.norms, rule.sigma)))
 
     def judge(self, rule: Rule, loss: float | None, norm: float, limits: tuple[float, float] | None = None) -> str:
         """Why this step's update must not be made, or "". loss: None where it says nothing of the model's health (rl); limits: those
@@ -91,8 +92,8 @@ class Guard:
 
 def within(limits: tuple[float, float], loss: Tensor | None, whole: Tensor, norm: Tensor) -> Tensor:
     """Whether a step may change the weights, as a bool on its device: what `judge` says "" to. whole: all parts of the loss together."""
-    fine = whole.isfinite() & norm.isfinite() & (norm.double() <= limits[1])
-    return fine if loss is None else fine & loss.isfinite() & (loss.double() <= limits[0])
+    fine = whole.isfinite() & norm.isfinite() & (norm <= limits[1])
+    return fine if loss is None else fine & loss.isfinite() & (loss <= limits[0])
 
 
 def limit(window: list[float], sigma: float) -> float:

@@ -85,7 +85,7 @@ class Trainer:
         self.rows: list[dict[str, Any]] = []  # that still have to go there: a full disk may get room again
         self.launched: list[Launched] = []
         self.settled = 0.0  # when the last one was
-        self.lag = 0 if model.device.type == "cpu" else 1  # steps that run ahead of what the host knows
+        self.lag = 0 if model.device.type in ("cpu", "mps") else 1  # steps that run ahead of what the host knows
 
     def run(self, source: Source, steps: int, quiet: bool = False) -> Totals:
         """Resume if there is a checkpoint, train to the end, write folder/model.
@@ -153,7 +153,7 @@ class Trainer:
         flat = self.ranks.sum(torch.cat([value.flatten().float() for value in values.values()]))
         parts = flat.split([value.numel() for value in values.values()])
         values = {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
-        values["loss"] = torch.stack([values[name].double() for name in losses.PARTS if name in values]).sum()
+        values["loss"] = torch.stack([values[name] for name in losses.PARTS if name in values]).sum()
         values["grad_norm"] = norm = self.optimizer.norm()
         fine = within(limits, values.get("ce"), values["loss"], norm)
         self.optimizer.step(lr, norm, fine)
@@ -287,9 +287,14 @@ class Trainer:
                 progress.note("the disk is full; going on, metrics.jsonl is written when there is room")
 
     def full_precision(self) -> dict[str, Tensor]:
-        """The model's tensors with the float32 masters in place of the working copies; of several ranks' shares the whole."""
-        masters = {name: parallel.full(parallel.like(m.data, self.optimizer.working[name])) for name, m in self.optimizer.masters.items()}
-        return {**dict(self.model.named_buffers()), **masters}
+        """The model's tensors with the float32 masters in place of the working copies; of several ranks' shares the whole, on the
+        first rank's host ({} on the others, which all have to ask)."""
+        out = dict(self.model.named_buffers()) if self.ranks.leader else {}
+        for name, master in self.optimizer.masters.items():
+            whole = parallel.full(parallel.like(master.data, self.optimizer.working[name]))
+            if self.ranks.leader:
+                out[name] = whole.cpu()
+        return out
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.optimizer.state(), **{f"buffer.{n}": b for n, b in self.model.named_buffers()}}
@@ -326,7 +331,7 @@ def _call(model: Model, work: Callable[..., Any], *arguments: Any) -> Any:
 
 def _to_host(flat: Tensor) -> tuple[Tensor, torch.Event | None]:
     """A copy on its way to the host, and the event of its arrival; a wait for the tensor itself would wait for the next step too."""
-    if flat.device.type == "cpu":
+    if flat.device.type in ("cpu", "mps"):
         return flat, None
     host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
     host.copy_(flat, non_blocking=True)

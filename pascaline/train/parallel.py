@@ -4,6 +4,7 @@ Each rank holds a share of the rows of every weight, gradient and moment; a laye
 differ in the rows of a batch that they see and in nothing else: losses, norms, loads and decisions are those of all of them.
 """
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from pascaline.device import place
 from pascaline.model.moe import Router
 from pascaline.model.transformer import Model
 
@@ -74,21 +76,18 @@ class Ranks:
 ALONE = Ranks()
 
 
-def asked_for() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start(device: torch.device) -> Ranks:
     """Meet the other processes that torchrun started. Without torchrun, ALONE."""
-    if asked_for() == 1:
+    rank, size = place()
+    if size == 1:
         return ALONE
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo" if device.type == "cpu" else None)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
-    return Ranks(dist.get_rank(), dist.get_world_size(), mesh, dist.new_group(backend="gloo", timeout=PATIENCE))
+        atexit.register(dist.destroy_process_group)  # its threads abort a process that ends with them running
+    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("data",))
+    return Ranks(rank, size, mesh, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 class _Whole(nn.Module):

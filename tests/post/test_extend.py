@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -163,6 +165,26 @@ def test_no_batch_holds_a_held_out_document(extended: Path, monkeypatch: pytest.
     texts = extension.held_out_texts(shards, recipe, 256)
     known = {shards.document(i)[:640].tobytes() for i in held_out}
     assert len(texts) == 3 and all(text.tobytes() in known and len(text) == 640 for text in texts)
+
+
+def test_two_ranks_extend_what_one_has_trained(extended: Path, tmp_path: Path) -> None:
+    """The first rank measures while the other waits, both train, and find what one alone finds."""
+    out = tmp_path / "run"
+    shutil.copytree(extended, out, ignore=shutil.ignore_patterns("04-*", "05-*", "06-*", "07-*", "model", "done.json", "report.*"))
+    for stage in STAGES[:3]:
+        shutil.copytree(
+            extended / f"{STAGES.index(stage) + 1:02d}-{stage}", out / f"{STAGES.index(stage) + 1:02d}-{stage}", dirs_exist_ok=True
+        )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pascaline", "run", COIN]
+    environment = os.environ | {"PYTHONPATH": f"{COIN.parent}:{COIN.parent.parent}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", out, *SETTINGS, "--stage", "extend"], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = ([m["loss"] for m in json.loads((place / "04-extend" / extension.FILE).read_text())["models"]] for place in (extended, out))
+    for mine, other in zip(one, two, strict=True):
+        assert [row["nats"] for row in mine] == pytest.approx([row["nats"] for row in other], rel=0.02)
+    assert len(list((out / "04-extend" / "state").glob("step-*/*.safetensors"))) == 2 * len(checkpoint.steps(out / "04-extend"))
 
 
 def test_a_corpus_without_a_long_held_out_text_is_said_before_the_training(tmp_path: Path) -> None:
