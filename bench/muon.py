@@ -9,7 +9,8 @@ from _common import finish
 from _text import CONFIG, Arm, command_line, interval, reached, texts, train, tune
 
 from pascaline.data.batch import Batch
-from pascaline.model.config import ModelConfig, from_recipe
+from pascaline.model.config import ModelConfig
+from pascaline.model.presets import from_recipe
 from pascaline.model.transformer import Model
 from pascaline.recipe import Stage
 from pascaline.train import losses

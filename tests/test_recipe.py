@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pascaline import recipe
 from pascaline.errors import BadInput
-from pascaline.model.config import PRESETS
+from pascaline.model.presets import PRESETS
 from pascaline.post.check import check
 from pascaline.recipe import Recipe, differences, load, parse, read_setting, to_toml
 

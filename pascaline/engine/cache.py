@@ -1,4 +1,5 @@
-"""What decoding remembers: one latent and one rotary key per token and layer (kv_lora_rank + qk_rope_head_dim numbers).
+"""What decoding remembers of each token and layer: one latent and one rotary key, or the keys and values of grouped attention
+(config.cache_width numbers).
 
 Shapes: L layers, n active rows (always the first n), S positions in use, C numbers a token.
 """
@@ -13,7 +14,7 @@ SPAN = 32  # and attention reads multiples of this many
 
 
 class PrefillCache:
-    """Keeps the entries of fresh prompts, so that `LatentCache.put` can store them row by row."""
+    """Keeps the entries of fresh prompts, so that `TokenCache.put` can store them row by row."""
 
     fresh = True
 
@@ -25,13 +26,13 @@ class PrefillCache:
         return entries_BTC, entries_BTC  # a fresh forward attends to its own tokens in the expanded form and reads neither
 
 
-class LatentCache:
+class TokenCache:
     """Rows of growing length in one tensor [L, rows, capacity, C]."""
 
     fresh = False
 
     def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device):
-        self.width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.width = config.cache_width
         self.entries = torch.zeros(config.num_hidden_layers, rows, BLOCK, self.width, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens stored, a row
         self.longest = 0

@@ -1,4 +1,4 @@
-"""Batched generation on the latent cache: rows that finish make room for prompts that wait.
+"""Batched generation on a cache: rows that finish make room for prompts that wait.
 
 The engine calls the trainer's own modules with the weights in memory, so an update of the model is an update of the engine.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pascaline.device import choose
-from pascaline.engine.cache import LatentCache, PrefillCache
+from pascaline.engine.cache import PrefillCache, TokenCache
 from pascaline.engine.sampler import Sampling, mix, sample, uniforms
 from pascaline.errors import BadInput
 from pascaline.model import hf
@@ -73,7 +73,7 @@ def one_row_kernels(rows: int) -> Iterator[None]:
 class Engine:
     """engine.generate(["Make 12 from 6, 6, 13."], Sampling(n=4)) -> [[Output, ...]]"""
 
-    cache: LatentCache  # it and the arrays exist while rows run; entry i of each belongs to rows[i]
+    cache: TokenCache  # it and the arrays exist while rows run; entry i of each belongs to rows[i]
     tokens: np.ndarray
     logprobs: np.ndarray
     produced: np.ndarray
@@ -277,7 +277,7 @@ class Engine:
 
     def _allocate(self) -> None:
         rows = min(self.max_rows, len(self.waiting))
-        self.cache = LatentCache(self.model.config, rows, self.model.dtype, self.model.device)
+        self.cache = TokenCache(self.model.config, rows, self.model.dtype, self.model.device)
         self.tokens, self.logprobs = np.zeros((rows, 64), np.int64), np.zeros((rows, 64), np.float32)
         self.produced, self.limit, self.context, self.seeds = (np.zeros(rows, np.int64) for _ in range(4))
         self.temperature, self.top_p = np.zeros(rows, np.float32), np.zeros(rows, np.float32)

@@ -1,6 +1,8 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1), expanded and absorbed side by side.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1), expanded and absorbed side by side, and attention of grouped
+queries (arXiv 2305.13245) for the dense families.
 
-Shapes: B batch, T new tokens, S cached tokens, H heads, D hidden, R latent rank, N non-rotary dims, P rotary dims, V value dims.
+Shapes: B batch, T new tokens, S cached tokens, H heads, D hidden, R latent rank, N non-rotary dims, P rotary dims, V value dims;
+grouped: K heads of keys and values, G queries to each, C numbers a head.
 """
 
 from typing import Protocol
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from pascaline.model.config import ModelConfig
 from pascaline.model.fused import rms_norm
-from pascaline.model.rope import rotate
+from pascaline.model.rope import rotate, rotate_halves
 
 LATENT_EPS = 1e-6  # the norms on the latents keep this whatever rms_norm_eps is (V3 and transformers alike)
 QUERY_BLOCK = 128
@@ -33,7 +35,8 @@ class Cache(Protocol):
     fresh: bool
 
     def append(self, layer: int, entries_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [latent | rotary key] of the new tokens; return all entries [B, S, R+P] and a mask [B, 1 or T, S] to add to scores."""
+        """Store the new tokens' entries ([latent | rotary key], or [keys | values]); return all of them [B, S, ...] and a mask
+        [B, 1 or T, S] to add to scores."""
         ...
 
 
@@ -102,6 +105,54 @@ class LatentAttention(nn.Module):
         mixed = attend_latent(q, entries_BSC, mask_BQS, c.attention_scale)[..., : c.kv_lora_rank].reshape(B * T, H, -1)
         out = torch.matmul(mixed.transpose(0, 1), w_HMR[:, N:].transpose(1, 2))  # [H, B*T, V]
         return out.transpose(0, 1).reshape(B, T, H * c.v_head_dim)
+
+
+class GroupedAttention(nn.Module):
+    """Queries in groups that share a head of keys and values, all in one matmul. The cache holds keys and values, 2 K C numbers a token."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.max_logit_H: Tensor | None = None
+        width, heads = config.qk_head_dim, config.num_attention_heads
+        self.widths = [heads * width, config.kv_heads * width, config.kv_heads * width]
+        biased = config.attention_bias or config.model_type == "qwen2"
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=biased)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=config.attention_bias)
+        if config.model_type == "qwen3":
+            self.q_norm = RMSNorm(width, config.rms_norm_eps)
+            self.k_norm = RMSNorm(width, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, turn: Tensor, mask_BTT: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D], as LatentAttention's."""
+        c = self.config
+        q, k, v = (part.unflatten(-1, (-1, c.qk_head_dim)) for part in self.qkv_proj(x_BTD).split(self.widths, -1))
+        if c.model_type == "qwen3":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate_halves(torch.cat((q, k), 2), turn).split([c.num_attention_heads, c.kv_heads], 2)
+        if cache is not None:
+            fresh = cache.fresh
+            entries, mask_BTS = cache.append(self.layer, torch.cat((k.flatten(2), v.flatten(2)), -1))
+            if not fresh:
+                return self.o_proj(self._cached(q, entries, mask_BTS))
+        assert mask_BTT is not None
+        groups = c.num_attention_heads // c.kv_heads
+        q, k, v = (part.transpose(1, 2) for part in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
+        if self.max_logit_H is not None and torch.is_grad_enabled():
+            self.max_logit_H = torch.maximum(self.max_logit_H, largest_logits(q, k, mask_BTT, c.attention_scale))
+        return self.o_proj(attend(q, k, v, mask_BTT, c.attention_scale).transpose(1, 2).flatten(2))
+
+    def _cached(self, q_BTHC: Tensor, entries_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
+        """Few queries against all entries; the queries of a group stand side by side, so that no key is copied. [B, T, H*C]."""
+        c = self.config
+        groups = c.num_attention_heads // c.kv_heads
+        T = q_BTHC.shape[1]
+        q = q_BTHC.unflatten(2, (c.kv_heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, K, G*T, C]
+        k, v = entries_BSC.unflatten(-1, (2, c.kv_heads, c.qk_head_dim)).permute(2, 0, 3, 1, 4)  # each [B, K, S, C]
+        mask = mask_BTS if mask_BTS.shape[1] == 1 else mask_BTS.repeat(1, groups, 1)
+        scores = torch.matmul(q * c.attention_scale, k.transpose(2, 3)) + mask.unsqueeze(1)
+        mixed = torch.matmul(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)
+        return mixed.unflatten(2, (groups, T)).permute(0, 3, 1, 2, 4).flatten(2)
 
 
 def visible(document_ids_BT: Tensor | None, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -82,16 +82,20 @@ def _parts(config: ModelConfig, name: str, tensor: Tensor) -> list[tuple[str, Te
     experts = _EXPERTS.fullmatch(name)
     if experts:
         return [part for e, own in enumerate(tensor) for part in _parts(config, f"{experts[1]}.{e}.{experts[2]}.weight", own)]
-    place, _, kind = name.removesuffix(".weight").rpartition(".")
+    stem, _, end = name.rpartition(".")  # weight or bias
+    place, _, kind = stem.rpartition(".")
     if kind == "gate_up_proj":
         names, parts = ["gate_proj", "up_proj"], tensor.chunk(2)
     elif kind == "qkv_a_proj":
         keys = config.kv_lora_rank + config.qk_rope_head_dim
         names = ["q_proj" if config.q_lora_rank is None else "q_a_proj", "kv_a_proj_with_mqa"]
         parts = tensor.split([len(tensor) - keys, keys])
+    elif kind == "qkv_proj":
+        keys = config.kv_heads * config.qk_head_dim
+        names, parts = ["q_proj", "k_proj", "v_proj"], tensor.split([len(tensor) - 2 * keys, keys, keys])
     else:
         return [(name, tensor)]
-    return [(f"{place}.{own}.weight", part) for own, part in zip(names, parts, strict=True)]
+    return [(f"{place}.{own}.{end}", part) for own, part in zip(names, parts, strict=True)]
 
 
 def _mtp_layers(config: ModelConfig) -> range:

@@ -18,10 +18,10 @@ FEW = 64  # (token, k) pairs an expert, up to which one batched matmul beats one
 class MLP(nn.Module):
     """SwiGLU feed-forward: down(silu(gate x) * up x)."""
 
-    def __init__(self, hidden: int, width: int):
+    def __init__(self, hidden: int, width: int, bias: bool = False):
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden, 2 * width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_up_proj = nn.Linear(hidden, 2 * width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)

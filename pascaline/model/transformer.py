@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pascaline.model.attention import Cache, LatentAttention, RMSNorm, visible
+from pascaline.model.attention import Cache, GroupedAttention, LatentAttention, RMSNorm, visible
 from pascaline.model.config import ModelConfig
 from pascaline.model.moe import MLP, Experts, MoE, Router, Routing
 from pascaline.model.rope import turns
@@ -35,10 +35,10 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LatentAttention(config, layer)
+        self.self_attn = (LatentAttention if config.latent else GroupedAttention)(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace
-        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias) if dense else MoE(config)
 
     def forward(self, x_BTD: Tensor, view: View) -> tuple[Tensor, Routing | None]:
         """[B, T, D] -> [B, T, D] and, for an expert layer, how it routed."""
@@ -117,7 +117,7 @@ class Model(nn.Module):
         B, T = tokens_BT.shape
         if positions_BT is None:
             positions_BT = torch.arange(T, device=tokens_BT.device).expand(B, T)
-        turn = turns(self.config.rope, self.config.qk_rope_head_dim, positions_BT)
+        turn = turns(self.config.rope, self.config.rope_dim, positions_BT)
         real = None if document_ids_BT is None else document_ids_BT >= 0
         # A cache that holds earlier tokens brings its own mask.
         mask = visible(document_ids_BT, B, T, tokens_BT.device, self.dtype) if cache is None or cache.fresh else None
@@ -174,12 +174,15 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_(self, seed: int) -> "Model":
-        """Normal(0, initializer_range) for every matrix, ones for norms, zeros for router biases (V3)."""
+        """Normal(0, initializer_range) for every matrix, ones for norms, zeros for biases (V3)."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, Experts, Router)):
                 for parameter in module.parameters(recurse=False):
-                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                    if parameter.dim() > 1:
+                        parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                    else:
+                        parameter.zero_()
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -198,5 +201,5 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     own = sum(size for name, size in sizes.items() if name.startswith(tuple(mtp)))
     routed = sum(size for name, size in sizes.items() if ".experts." in name and not name.startswith(tuple(mtp) or "-"))
     total = sum(sizes.values()) - own
-    active = total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
+    active = total - routed + routed * config.num_experts_per_tok // max(config.n_routed_experts, 1)
     return {"total": total, "active": active, "mtp": own}

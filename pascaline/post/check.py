@@ -11,7 +11,8 @@ from pascaline.data.build import FILTERS
 from pascaline.data.quality import script
 from pascaline.data.sources import documents
 from pascaline.errors import BadInput, nearest
-from pascaline.model.config import ModelConfig, from_recipe
+from pascaline.model.config import ModelConfig
+from pascaline.model.presets import from_recipe
 from pascaline.recipe import Recipe
 from pascaline.tokenizer import BYTES, SPECIALS
 

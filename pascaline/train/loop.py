@@ -353,5 +353,5 @@ def active_parameters(model: Model) -> float:
     c = model.config
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     routed = sum(s for name, s in sizes.items() if ".experts." in name)
-    active = sum(sizes.values()) - routed + routed * c.num_experts_per_tok / c.n_routed_experts
+    active = sum(sizes.values()) - routed + routed * c.num_experts_per_tok / max(c.n_routed_experts, 1)
     return active if c.tie_word_embeddings else active - c.vocab_size * c.hidden_size

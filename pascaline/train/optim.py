@@ -138,8 +138,9 @@ class Optimizer:
 
     @torch.no_grad()
     def scale_rows(self, name: str, factor: Tensor) -> None:
-        """Multiply each row of a weight [A, B] by its own factor [A]."""
-        self.masters[name].mul_(factor[parallel.rows(self.working[name])].unsqueeze(1))
+        """Multiply each row of a weight [A, B], or of a bias [A], by its own factor [A]."""
+        own = factor[parallel.rows(self.working[name])]
+        self.masters[name].mul_(own.view(-1, *[1] * (self.masters[name].dim() - 1)))
         self.refresh(name)
 
     def drop(self) -> None:

@@ -4,7 +4,8 @@ down after the step, so that the next ones do not. Under Muon logits otherwise g
 import torch
 from torch import Tensor
 
-from pascaline.model.attention import LatentAttention
+from pascaline.errors import BadInput
+from pascaline.model.attention import GroupedAttention, LatentAttention
 from pascaline.model.transformer import Model
 from pascaline.train.optim import Optimizer
 
@@ -14,7 +15,10 @@ class QKClip:
 
     def __init__(self, model: Model, optimizer: Optimizer, tau: float):
         self.optimizer, self.tau = optimizer, tau
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, LatentAttention)} if tau else {}
+        if tau and model.config.model_type == "qwen3":
+            raise BadInput("qk_clip does nothing to qwen3, whose norms on queries and keys bound the logits already; leave it at 0.")
+        kinds = (LatentAttention, GroupedAttention)
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)} if tau else {}
 
     def watch(self) -> None:
         for layer in self.layers.values():
@@ -23,7 +27,8 @@ class QKClip:
     @torch.no_grad()
     def clip(self, fine: Tensor | bool = True) -> Tensor:
         """Scale each head's weights by gamma = min(1, tau / its largest logit): what is its own (queries and keys without rotation) by
-        sqrt(gamma), the rotary query by gamma, the rotary key, which all heads share, not at all; nothing where `fine` does not hold.
+        sqrt(gamma), the rotary query by gamma, the rotary key, which all heads share, not at all; of grouped heads, which share their
+        keys, the queries by gamma. Nothing where `fine` does not hold.
         Returns the largest logit of all layers, heads and ranks, a scalar."""
         largest_LH = self.optimizer.ranks.max(torch.stack([m.max_logit_H for m in self.layers.values() if m.max_logit_H is not None]))
         gamma_LH = torch.where(torch.as_tensor(fine, device=largest_LH.device), self.tau / largest_LH.clamp(min=self.tau), 1.0)
@@ -31,8 +36,14 @@ class QKClip:
             self._scale(name, layer, gamma_H)
         return largest_LH.max()
 
-    def _scale(self, place: str, layer: LatentAttention, gamma_H: Tensor) -> None:
+    def _scale(self, place: str, layer: LatentAttention | GroupedAttention, gamma_H: Tensor) -> None:
         c = layer.config
+        if not c.latent:
+            rows = torch.cat((gamma_H.repeat_interleave(c.qk_head_dim), gamma_H.new_ones(2 * c.kv_heads * c.qk_head_dim)))
+            for name in (f"{place}.qkv_proj.weight", f"{place}.qkv_proj.bias"):
+                if name in self.optimizer.working:
+                    self.optimizer.scale_rows(name, rows)
+            return
         queries = f"{place}.{'qkv_a_proj' if c.q_lora_rank is None else 'q_b_proj'}.weight"
         content, rotary, value = gamma_H.sqrt().unsqueeze(1), gamma_H.unsqueeze(1), torch.ones_like(gamma_H).unsqueeze(1)
         q_rows = torch.cat((content.expand(-1, c.qk_nope_head_dim), rotary.expand(-1, c.qk_rope_head_dim)), 1).flatten()

@@ -10,7 +10,7 @@ from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pascaline.engine import cache as cache_module
-from pascaline.engine.cache import LatentCache, PrefillCache
+from pascaline.engine.cache import PrefillCache, TokenCache
 from pascaline.model import attention
 from pascaline.model.attention import LatentAttention, attend, visible
 from pascaline.model.config import Rope
@@ -66,7 +66,7 @@ def test_decoding_token_by_token_is_the_full_forward(changes, monkeypatch):
     prefill = PrefillCache()
     padded = torch.stack([F.pad(texts[i][: lengths[i]], (0, 7 - lengths[i])) for i in range(3)])
     model.hidden(padded, cache=prefill)
-    cache = LatentCache(model.config, 4, torch.float32, torch.device("cpu"))
+    cache = TokenCache(model.config, 4, torch.float32, torch.device("cpu"))
     cache.put(torch.arange(4), torch.tensor(which), prefill, torch.tensor(lengths))
     full = [model.hidden(text[None])[0][0] for text in texts]
     at = list(lengths)
@@ -87,7 +87,7 @@ def test_moved_rows_go_on_as_before():
     texts = randint(61, 3, 9)
     prefill = PrefillCache()
     model.hidden(texts[:, :6], cache=prefill)
-    cache = LatentCache(model.config, 3, torch.float32, torch.device("cpu"))
+    cache = TokenCache(model.config, 3, torch.float32, torch.device("cpu"))
     cache.put(torch.arange(3), torch.arange(3), prefill, torch.tensor([6, 4, 5]))
     cache.move(torch.tensor([2]), torch.tensor([0]))  # row 0 ended; its place goes to row 2
     cache.begin(2, 5)
@@ -98,7 +98,7 @@ def test_moved_rows_go_on_as_before():
 
 def test_the_cache_holds_the_latent_and_one_rotary_key():
     config = tiny_config()
-    cache = LatentCache(config, 5, torch.bfloat16, torch.device("cpu"))
+    cache = TokenCache(config, 5, torch.bfloat16, torch.device("cpu"))
     assert cache.width == config.kv_lora_rank + config.qk_rope_head_dim
     assert cache.bytes_per_token() == config.num_hidden_layers * cache.width * 2
 

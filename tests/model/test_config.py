@@ -5,7 +5,8 @@ import torch
 from tiny import tiny_config
 
 from pascaline.errors import BadInput
-from pascaline.model.config import PRESETS, ModelConfig, Rope, from_recipe
+from pascaline.model.config import ModelConfig, Rope
+from pascaline.model.presets import PRESETS, from_recipe
 from pascaline.model.transformer import Model, parameter_counts
 
 

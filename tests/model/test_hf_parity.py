@@ -28,6 +28,7 @@ ROPES = [
     dict(rope_theta=10000.0, **YARN),
     dict(rope_theta=10000.0, **YARN, mscale_all_dim=0.8),
     dict(rope_theta=10000.0, **YARN, mscale=0.8),
+    dict(rope_theta=10000.0, **YARN, attention_factor=0.7, truncate=False),
 ]
 
 
@@ -252,8 +253,7 @@ def test_a_missing_field_is_not_guessed(field, tmp_path):
     "scaling, named",
     [
         ({"type": "linear", "factor": 2.0}, "linear"),
-        ({"type": "yarn", "factor": 2.0, "attention_factor": 1.5}, "attention_factor"),
-        ({"type": "yarn", "factor": 2.0, "truncate": False}, "truncate"),
+        ({"type": "longrope", "factor": 2.0}, "longrope"),
         ({"type": "yarn"}, "factor"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
