@@ -17,7 +17,7 @@ from pascaline.errors import BadInput
 from pascaline.model.config import FP8_CONFIG, ModelConfig
 from pascaline.model.fp8 import scale_shape
 from pascaline.model.transformer import Model
-from pascaline.model.weights import FP8, SCALE, Slot, Weights, Writer, read_object, writing
+from pascaline.model.weights import FP8, SCALE, Slot, Weights, Writer, read_object, said, writing
 
 SHARD_BYTES = 5 * 10**9
 _EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
@@ -36,6 +36,7 @@ def save(
     with writing(Path(folder), slots, texts(config, dtype), shard_bytes or SHARD_BYTES) as writer:
         for name, tensor in tensors:
             put(writer, config, name, tensor)
+            del tensor  # before the next is fetched
 
 
 def put(writer: Writer, config: ModelConfig, name: str, tensor: Tensor) -> None:
@@ -134,7 +135,9 @@ def opened(folder: str | Path) -> tuple[ModelConfig, Weights]:
     scales = {name + SCALE for name in expected if name in weights.entries and weights.entries[name].dtype == FP8}
     left = sorted(n for n in weights.entries if n not in expected and n not in spare and n not in scales and not n.endswith(_DERIVED))
     if left:
-        raise BadInput(f"{folder} holds {left[0]}{f' and {len(left) - 1} more' if left[1:] else ''}, which the config has no place for.")
+        raise BadInput(
+            f"{folder} holds {said(left[0])}{f' and {len(left) - 1} more' if left[1:] else ''}, which the config has no place for."
+        )
     for name, original in spare.items():
         if name in weights.entries:
             weights.check(name, expected[original])

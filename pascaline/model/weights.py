@@ -65,7 +65,7 @@ def _parsed(content: bytes, path: Path, otherwise: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise BadInput(f"{path} names {_said(key)} twice.")
+                raise BadInput(f"{path} names {said(key)} twice.")
             found[key] = value
         return found
 
@@ -80,7 +80,7 @@ def _parsed(content: bytes, path: Path, otherwise: str) -> dict[str, Any]:
     return value
 
 
-def _said(name: str) -> str:
+def said(name: str) -> str:
     """A name from a file, as a sentence can hold it."""
     return name if name.isprintable() and len(name) < 120 else reprlib.repr(name)
 
@@ -102,18 +102,18 @@ class Weights:
         for file in sorted(set(promised.values())):
             for name, entry in self._header(file).items():
                 if promised.get(name) != file:
-                    other = f"stands in {_said(promised[name])} by the index" if name in promised else "is not in the index"
-                    raise BadInput(f"{folder / file} holds {_said(name)}, which {other}.")
+                    other = f"stands in {said(promised[name])} by the index" if name in promised else "is not in the index"
+                    raise BadInput(f"{folder / file} holds {said(name)}, which {other}.")
                 self.entries[name] = entry
         if lacking := sorted(set(promised) - set(self.entries)):
-            raise BadInput(f"{folder / promised[lacking[0]]} lacks {_said(lacking[0])}, which the index promises.")
+            raise BadInput(f"{folder / promised[lacking[0]]} lacks {said(lacking[0])}, which the index promises.")
 
     def _header(self, file: str) -> dict[str, Entry]:
         path = self.folder / file
         if not path.is_file():
-            pickles = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            pickles = sorted(p.name for p in self.folder.glob("*model*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             why = f"; {pickles[0]} is a pickle, which can run code when it is read: convert it to safetensors" if pickles else ""
-            raise BadInput(f"{self.folder} has no {_said(file)}{why}.")
+            raise BadInput(f"{self.folder} has no {said(file)}{why}.")
         broken = f"{path} is truncated or not a safetensors file"
         try:
             with open(path, "rb") as opened:
@@ -129,7 +129,7 @@ class Weights:
         end = 8 + length
         for name, entry in sorted(found.items(), key=lambda item: item[1][3:]):
             if entry.start != end:
-                raise BadInput(f"{path}: the bytes of {_said(name)} overlap others or follow a gap.")
+                raise BadInput(f"{path}: the bytes of {said(name)} overlap others or follow a gap.")
             end = entry.stop
         if end != size:
             raise BadInput(f"{broken} (its tensors end at byte {end}, the file at {size}).")
@@ -201,11 +201,11 @@ def _entry(path: Path, name: str, told: Any, base: int) -> Entry:
     shape: Any = fields.get("shape")
     place: Any = fields.get("data_offsets")
     if not isinstance(dtype, str) or not numbers(shape) or not numbers(place) or len(place) != 2:
-        raise BadInput(f"{path}: the header's entry of {_said(name)} is malformed.")
+        raise BadInput(f"{path}: the header's entry of {said(name)} is malformed.")
     start, stop = place
     if start > stop or (dtype in _BYTES and math.prod(shape) * _BYTES[dtype] != stop - start):
-        said = reprlib.repr(f"{dtype} {shape}")[1:-1]
-        raise BadInput(f"{path}: {_said(name)} is said to be {said}, which does not take the {stop - start} bytes that it has.")
+        claim = reprlib.repr(f"{dtype} {shape}")[1:-1]
+        raise BadInput(f"{path}: {said(name)} is said to be {claim}, which does not take the {stop - start} bytes that it has.")
     return Entry(path.name, reprlib.repr(dtype)[1:-1], tuple(shape), base + start, base + stop)
 
 
