@@ -15,10 +15,12 @@ import torch
 import transformers
 from commands import call, refused
 from safetensors.torch import load_file, save_file
-from tiny import relative_error, tiny_config, tiny_model
+from tiny import randomize_, relative_error, tiny_config, tiny_model
 from transformers import DeepseekV3ForCausalLM
 
 from pascaline.model import exchange, fp8, hf
+from pascaline.model.config import ModelConfig
+from pascaline.model.transformer import Model
 
 transformers.utils.logging.disable_progress_bar()
 KINDS = list(open_weights.LAYOUTS)
@@ -41,7 +43,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def theirs(folder: Path, meant: dict[str, torch.Tensor], place: Path) -> DeepseekV3ForCausalLM:
-    """transformers' model of what the tensors mean, all in float32: without an accelerator it does not take fp8 itself."""
+    """transformers' model of what the tensors mean, all in float32: for fp8 it needs accelerate, which the tests do not."""
     place.mkdir()
     raw = json.loads((folder / "config.json").read_text())
     raw = {k: v for k, v in raw.items() if k not in ("quantization_config", "auto_map")}
@@ -165,6 +167,25 @@ def test_an_exported_fp8_model_says_nearly_the_same(tmp_path):
     assert {t.dtype for n, t in found.items() if n.endswith(plain)} == {torch.bfloat16}
     # Its own logits with every weight rounded: a fifth of the largest is what 3 bits of mantissa and a router cost a random model.
     assert relative_error(hf.load(tmp_path / "out")(tokens()), model(tokens())) < 0.5
+
+
+DENSE = dict(vocab_size=61, hidden_size=150, num_hidden_layers=2, num_attention_heads=4, intermediate_size=140, num_key_value_heads=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_dense_families_go_out_and_in(family, tied, tmp_path):
+    model = Model(ModelConfig(model_type=family, head_dim=34, tie_word_embeddings=tied, **DENSE)).eval()
+    randomize_(model)
+    model.save(tmp_path / "model")
+    assert {name: tuple(tensor.shape) for name, tensor in stored(tmp_path / "model").items()} == hf.layout(model.config)
+    exchange.export_folder(tmp_path / "model", tmp_path / "out", quiet=True)
+    exchange.import_folder(tmp_path / "out", tmp_path / "in", quiet=True)
+    assert torch.equal(hf.load(tmp_path / "in")(tokens()), model(tokens()))
+    exchange.export_folder(tmp_path / "model", tmp_path / "fp8", "fp8", quiet=True)
+    assert stored(tmp_path / "fp8")["model.layers.0.self_attn.v_proj.weight_scale_inv"].shape == (1, 2)
+    assert relative_error(hf.load(tmp_path / "fp8")(tokens()), model(tokens())) < 0.2
 
 
 # ---- what comes along, and where it goes
