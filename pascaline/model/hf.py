@@ -126,7 +126,7 @@ def opened(folder: str | Path) -> tuple[ModelConfig, Weights]:
     config, weights = read_config(folder), Weights(folder)
     if config.num_nextn_predict_layers and not any(n.startswith(f"model.layers.{config.num_hidden_layers}.") for n in weights.entries):
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
-    expected, spare = layout(config), copies(config)
+    expected, spare = _expected(config, weights), copies(config)
     if config.tie_word_embeddings:
         spare["lm_head.weight"] = "model.embed_tokens.weight"
     for name, shape in expected.items():
@@ -143,6 +143,18 @@ def opened(folder: str | Path) -> tuple[ModelConfig, Weights]:
             weights.check(name, expected[original])
             _check_copy(weights, name, original)
     return config, weights
+
+
+def _expected(config: ModelConfig, weights: Weights) -> dict[str, tuple[int, ...]]:
+    """`layout`, unless a config from an enemy asks for a model that would take this machine's memory to think of."""
+    depth = config.num_hidden_layers + config.num_nextn_predict_layers
+    least = depth + (depth - config.first_k_dense_replace) * config.n_routed_experts
+    if least > len(weights.entries):
+        raise BadInput(f"{weights.folder} holds {len(weights.entries)} tensors, and by its config there are more than {least}.")
+    try:
+        return layout(config)
+    except (RuntimeError, OverflowError, TypeError):
+        raise BadInput(f"{weights.folder / 'config.json'} asks for matrices that no machine holds.") from None
 
 
 def _check_copy(weights: Weights, copy: str, own: str) -> None:

@@ -194,7 +194,7 @@ def _entry(path: Path, name: str, told: Any, base: int) -> Entry:
     """The header's entry of a tensor, checked; base: where the tensors' bytes begin."""
 
     def numbers(value: Any) -> bool:
-        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+        return isinstance(value, list) and len(value) < 8 and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
     fields: dict[str, Any] = told if isinstance(told, dict) else {}
     dtype: Any = fields.get("dtype")
@@ -279,7 +279,7 @@ def writing(folder: Path, slots: dict[str, Slot], texts: dict[str, str], shard_b
         texts[INDEX] = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n"
     writer = Writer(slots)
     with ExitStack() as last:
-        last.enter_context(atomic_path(folder / "config.json")).write_text(texts.pop("config.json"))
+        last.enter_context(atomic_path(folder / "config.json")).write_text(texts.pop("config.json"), encoding="utf-8")
         with ExitStack() as renames:
             new = [renames.enter_context(atomic_path(folder / name)) for name in texts]
             for path, content in zip(new, texts.values(), strict=True):
