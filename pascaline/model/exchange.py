@@ -15,7 +15,7 @@ import torch
 from pascaline.errors import BadInput, nearest
 from pascaline.model import hf
 from pascaline.model.config import ModelConfig
-from pascaline.model.weights import DTYPES, FP8, Slot, Weights, writing
+from pascaline.model.weights import DTYPES, FP8, SCALE, STORED, Slot, Weights, Writer, writing
 from pascaline.progress import Progress
 from pascaline.runs import atomic_folder
 from pascaline.stopping import Interrupt, Stopped
@@ -72,13 +72,24 @@ def _copy(verb: str, source: Path, target: Path, dtype: torch.dtype | None, quie
             for number, name in enumerate(names):
                 if interrupt.requested:
                     raise Stopped(f"stopped the {verb} at tensor {number} of {len(names)}, and {target} was not written")
-                writer.write(name, weights.take(_stored(weights, config, name), slots[name].dtype))
+                _put(writer, name, weights, _stored(weights, config, name))
                 done += slots[name].nbytes
                 progress.update(number + 1, MB_per_s=done / 1e6 / max(time.monotonic() - began, 1e-9))
         files = len(list(temporary.glob("*.safetensors")))
     size = sum(slot.nbytes for slot in slots.values())
     told = {"folder": str(target), "dtype": "fp8" if main == torch.float8_e4m3fn else str(main).removeprefix("torch.")}
     return told | {"tensors": len(slots), "bytes": size, "files": files, "seconds": time.monotonic() - began}
+
+
+def _put(writer: Writer, name: str, weights: Weights, own: str) -> None:
+    """Write the tensor `own` of the weights as `name`."""
+    entry, dtype = weights.entries[own], writer.slots[name].dtype
+    if STORED[entry.dtype] != dtype:
+        writer.write(name, weights.take(own, dtype))
+        return
+    if entry.dtype == FP8:
+        writer.write(name + SCALE, weights.scale(own))
+    writer.copy(name, weights.folder / entry.file, entry.start)
 
 
 def _stored(weights: Weights, config: ModelConfig, name: str) -> str:

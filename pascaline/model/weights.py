@@ -27,13 +27,14 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of what is loaded
 FP8 = "F8_E4M3"  # is loaded with its scales
 SCALE = "_scale_inv"
-_STORED = DTYPES | {FP8: torch.float8_e4m3fn}
-_NAMES = {dtype: name for name, dtype in _STORED.items()}
+STORED = DTYPES | {FP8: torch.float8_e4m3fn}
+_NAMES = {dtype: name for name, dtype in STORED.items()}
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
           "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}  # fmt: skip
 _OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _HEADER_BYTES = 10**8  # the format's own limit
-_PIECE_BYTES = 2**21  # written at once: what a core keeps close
+_PIECE_BYTES = 2**21  # converted at once, and
+_BLOCK_BYTES = 2**20  # copied at once: what a core keeps close
 
 
 # ---- reading
@@ -157,13 +158,17 @@ class Weights:
     def take(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor as it is stored, a view of the file (do not write to it); one in fp8 dequantised to `dtype` (default: bfloat16).
         `check` it first. BadInput for a scale that is not a number."""
-        entry = self.entries[name]
-        if entry.dtype != FP8:
+        if self.entries[name].dtype != FP8:
             return self._view(name)
+        scale = self.scale(name)
+        return fp8.dequantise_blocks(self._view(name), scale, dtype or torch.bfloat16)
+
+    def scale(self, name: str) -> Tensor:
+        """The scales of a tensor in fp8. BadInput for one that is not a number."""
         scale = self._view(name + SCALE).clone()
         if not (scale.isfinite() & (scale >= 0)).all():
             raise BadInput(f"{self.folder / self.entries[name + SCALE].file}: {name}{SCALE} holds a scale that is not finite or below 0.")
-        return fp8.dequantise_blocks(self._view(name), scale, dtype or torch.bfloat16)
+        return scale
 
     def _view(self, name: str) -> Tensor:
         file, dtype, shape, start, stop = self.entries[name]
@@ -172,7 +177,7 @@ class Weights:
             raise BadInput(f"{self.folder / file} became shorter while it was read.")
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         self._lent = (first, stop - first)
-        kind = _STORED[dtype]
+        kind = STORED[dtype]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the buffer is read-only; nobody writes to it
             content = torch.frombuffer(mapping, dtype=torch.uint8, count=stop - start, offset=start)
@@ -255,15 +260,32 @@ class Writer:
             self.write(name + SCALE, scale)
         self.missing.remove(name)
         rows = max(_PIECE_BYTES * slot.shape[0] // slot.nbytes, 1)
-        fd = os.open(path, os.O_WRONLY)
-        try:
+        with open(path, "rb+", buffering=0) as file:
             for piece in tensor.detach().split(rows):
-                rest = memoryview(piece.to("cpu", slot.dtype).contiguous().flatten().view(torch.uint8).numpy())
-                while rest:
-                    done = os.pwrite(fd, rest, offset)
-                    offset, rest = offset + done, rest[done:]
-        finally:
-            os.close(fd)
+                data = memoryview(piece.to("cpu", slot.dtype).contiguous().flatten().view(torch.uint8).numpy())
+                _put(file.fileno(), data, offset)
+                offset += len(data)
+
+    def copy(self, name: str, file: Path, start: int) -> None:
+        """The bytes of a tensor that stand in another file, from `start` on, in the slot's dtype; sooner done than by mapping them."""
+        slot, (path, offset) = self.slots[name], self.places[name]
+        self.missing.remove(name)
+        block = memoryview(bytearray(min(_BLOCK_BYTES, slot.nbytes)))
+        left = slot.nbytes
+        with open(file, "rb", buffering=0) as source, open(path, "rb+", buffering=0) as target:
+            source.seek(start)
+            while left:
+                size = source.readinto(block[:left])
+                if not size:
+                    raise BadInput(f"{file} became shorter while it was read.")
+                _put(target.fileno(), block[:size], offset)
+                offset, left = offset + size, left - size
+
+
+def _put(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, offset)
+        offset, data = offset + done, data[done:]
 
 
 @contextmanager

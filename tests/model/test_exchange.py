@@ -126,6 +126,13 @@ def test_fp8_goes_in_and_out_to_the_bit(kind, published, tmp_path):
     assert told["quantization_config"] == open_weights.LAYOUTS["V3"]["quantization_config"] and told["dtype"] == "bfloat16"
 
 
+def test_fp8_goes_from_folder_to_folder_as_it_is(published, tmp_path):
+    folder, _ = published["V3"]
+    exchange.export_folder(folder, tmp_path / "out", "fp8", quiet=True)
+    before, after = stored(folder), stored(tmp_path / "out")
+    assert set(before) == set(after) and all(torch.equal(after[name].float(), before[name].float()) for name in before)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("mtp", [0, 1, 2])
 @pytest.mark.parametrize("tied", [False, True])
