@@ -116,7 +116,7 @@ class Trainer:
                     raise interrupt.stopped(f"stopped after {self.name} step {step} of {steps}")
         tensors = self.full_precision()
         if self.ranks.leader:
-            hf.save(self.folder / "model", self.model.config, tensors, torch.float32)
+            hf.save(self.folder / "model", self.model.config, tensors.items(), torch.float32)
         return self.totals
 
     def _launch(self, source: Source, step: int, steps: int, interrupt: Interrupt) -> None:
