@@ -89,6 +89,25 @@ def chat(
 
 
 @app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="a model folder, e.g. runs/demo/model")],
+    gguf: Annotated[Path, typer.Option("--gguf", help="the file to write, for llama.cpp and Ollama")],
+    type: Annotated[str, typer.Option("--type", help="of the matrices: f32, bf16 or q8_0")] = "bf16",
+    text: Annotated[Path | None, typer.Option(help="to measure what a rounded type costs (default: Python's own library)")] = None,
+    measure: Annotated[bool, typer.Option(help="that cost; it needs the model in memory")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a model as one GGUF file, tokenizer and chat template included."""
+    from pascaline.eval import rounding
+    from pascaline.model import gguf as file
+
+    told = file.export(model, gguf, type, quiet=as_json)
+    if measure and type != "f32":
+        told["perplexity"] = rounding.cost(model, gguf, text, quiet=as_json)
+    print(json.dumps(told) if as_json else rounding.describe(told))
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="a run's folder")],
     price: Annotated[float | None, typer.Option(help="of a device-hour, instead of the recipe's", min=0)] = None,

@@ -86,21 +86,19 @@ def export(folder: str | Path, path: str | Path, kind: str, quiet: bool = False)
     _nothing_left(config, weights, plan)
     types = {entry.name: _type(gguf, entry, kind) for entry in plan}
     with atomic_path(path) as temporary, closing(gguf.GGUFWriter(temporary, ARCHITECTURES[config.model_type])) as writer:
-        wanted = gguf.LlamaFileType[{"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")]
-        writer.add_file_type(wanted)
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for name, value in {**{f"{writer.arch}.{k}": v for k, v in keys(config).items()}, **words}.items():
             _add(writer, name, value)
-        for entry in plan:
-            block, size = gguf.GGML_QUANT_SIZES[types[entry.name]]
-            nbytes = math.prod(entry.stacked) // block * size
-            writer.add_tensor_info(entry.name, entry.stacked, torch.float32, nbytes, types[entry.name])
+        streams = [_Stream(gguf, entry, weights, types[entry.name]) for entry in plan]
+        for entry, stream in zip(plan, streams, strict=True):
+            writer.add_tensor_info(entry.name, entry.stacked, torch.float32, stream.nbytes, stream.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         with Progress("gguf", len(plan), "tensor", enabled=not quiet) as progress:
-            for done, entry in enumerate(plan, 1):
-                writer.write_tensor_data(_Stream(gguf, entry, weights, types[entry.name]))
+            for done, stream in enumerate(streams, 1):
+                writer.write_tensor_data(stream)
                 progress.update(done)
     unfit = sum(_blocked(entry) and types[entry.name].name.lower() != kind for entry in plan)
     return {"file": str(path), "type": kind, "bytes": path.stat().st_size, "tensors": len(plan), "unfit": unfit, "notes": notes}
@@ -256,8 +254,9 @@ def _latent_keys(c: ModelConfig) -> dict[str, Any]:
 
 
 def _rope_keys(c: ModelConfig) -> dict[str, Any]:
-    """Scaled positions. With log = ln(factor), llama.cpp rotates by vectors of length attn_factor * (1 + 0.1 log) and scales scores by
-    1/sqrt(d); deepseek2 given yarn_log_multiplier = m rotates by length attn_factor and scales by (attn_factor * (1 + m log))^2 / sqrt(d)."""
+    """Scaled positions. With log = ln(factor), llama.cpp rotates by vectors of length attn_factor * (1 + 0.1 log), and deepseek2 multiplies
+    scores by the square of that. Given yarn_log_multiplier = m, deepseek2 rotates by the length attn_factor and multiplies scores by
+    (attn_factor * (1 + m log))^2."""
     rope = c.rope
     if _own_frequencies(c):
         return {"rope.scaling.type": "none", "rope.scaling.attn_factor": rope.amplitude}

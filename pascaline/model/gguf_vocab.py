@@ -43,7 +43,7 @@ def vocabulary(folder: str | Path, config: ModelConfig) -> tuple[dict[str, Any],
         "ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
     }
     ids = {name: tokenizer.id(text) for name in ("bos", "eos", "pad") if (text := tokenizer._token_text(f"{name}_token"))}
-    keys |= {f"ggml.{name}_token_id": number for name, number in ids.items()}
+    keys |= {f"ggml.{'padding' if name == 'pad' else name}_token_id": number for name, number in ids.items()}
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     others = [end for end in ends if end is not None and end != ids.get("eos")]
     if others:
