@@ -9,6 +9,7 @@ from typing import Any
 from pascaline.errors import BadInput
 
 DIM, PLAIN = "\033[2m", "\033[0m"
+PARTIAL = ("\ufffd", "<", "</", "</th")  # ends of a text of which not all bytes, or not all of a tag, is there yet
 _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -73,26 +74,31 @@ def _answer(engine: Any, turns: list[dict[str, Any]], sampling: Any) -> str:
     """Print thought and answer token by token; returns the answer's text."""
     own = engine.tokenizer
     dim, plain = (DIM, PLAIN) if sys.stdout.isatty() else ("", "")
-    pieces: dict[bool, list[int]] = {True: [], False: []}
-    shown = {True: 0, False: 0}
-    thinking = True
+    prompt = own.prompt_ids(turns)
+    ids: list[int] = []
+    thought: str | None = None
+    text: str | None = None
+    said = ""  # of the thought, then of the answer
+    closed = False
 
-    def show(end: bool = False) -> None:
-        text = own.decode(pieces[thinking])
-        if end or not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            print(printable(text[shown[thinking] :]), end="", flush=True)
-            shown[thinking] = len(text)
+    def show(whole: str, end: bool = False) -> None:
+        nonlocal said
+        if end or not whole.endswith(PARTIAL):
+            print(printable(whole[len(said) :]), end="", flush=True)
+            said = whole
 
-    for i, token in enumerate(engine.stream(turns, sampling)):
-        if not i:  # not before the prompt has been found to fit
-            print(dim, end="")
-        if token == own.unthink and thinking:
-            show(end=True)
-            thinking = False
-            print(f"{plain}\n", end="", flush=True)
-        elif token != own.end:
-            pieces[thinking].append(token)
-            show()
-    show(end=True)
-    print(f"{plain}\n(the thought was cut off at the token limit)" if thinking else "")
-    return str(own.decode(pieces[False]))
+    for token in engine.stream(prompt, sampling):
+        ids.append(token)
+        thought, text = own.thought(prompt, ids)
+        if thought is not None and not closed:
+            if not said:  # not before the prompt has been found to fit
+                print(dim, end="")
+            show(thought, end=text is not None)
+            if text is not None:
+                closed, said = True, ""
+                print(f"{plain}\n", end="", flush=True)
+        if text is not None:
+            show(text)
+    show((thought if text is None else text) or "", end=True)
+    print(f"{plain}\n(the thought was cut off at the token limit)" if text is None else "")
+    return text or ""

@@ -181,7 +181,8 @@ class Ledger(Table):
 
 
 class Recipe(Table):
-    """The whole chain. `model` is a preset name plus overrides (pascaline.model.config); sinks: tools that are given the rows of
+    """The whole chain. `model` is a preset name plus overrides (pascaline.model.presets), or `folder`, a Hugging Face folder to start from:
+    then there is a pretrain stage only if its table is written. sinks: tools that are given the rows of
     metrics.jsonl too. `sinks` and `ledger` are no part of what a run is: it goes on with others."""
 
     seed: int = Field(1, ge=0)
@@ -192,7 +193,7 @@ class Recipe(Table):
     puzzles: dict[str, Puzzle] = {}
     tokenizer: Tokenizer = Tokenizer()
     model: dict[str, Any] = {"preset": "nano"}
-    pretrain: Pretrain = Pretrain()
+    pretrain: Pretrain | None = Pretrain()
     extend: Extend | None = None
     sft: Sft = Sft()
     rl: Rl = Rl()
@@ -202,7 +203,26 @@ class Recipe(Table):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of this chain in their order; a stage without a table is left out."""
-        return tuple(name for name in STAGES if getattr(self, name) is not None)
+        read = self.pretrain or self.extend  # the corpus is
+        return tuple(name for name in STAGES if getattr(self, name) is not None and (name != "corpus" or read))
+
+    @property
+    def start(self) -> str | None:
+        """The folder whose weights, tokenizer and shape the chain starts from, if it does not start from nothing."""
+        return self.model.get("folder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _started(cls, raw: Any) -> Any:
+        """Weights that come from elsewhere are trained already."""
+        model = raw.get("model") if isinstance(raw, dict) else None
+        if not isinstance(model, dict) or "folder" not in model:
+            return raw
+        if not isinstance(model["folder"], str):
+            raise ValueError("model.folder must be the path of a model folder")
+        if set(model) != {"folder"}:
+            raise ValueError(f"model.folder brings its own shape; leave out model.{min(set(model) - {'folder'})}")
+        return {"pretrain": None, **raw}
 
     @model_validator(mode="before")
     @classmethod

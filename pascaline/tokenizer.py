@@ -9,53 +9,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-import jinja2.ext
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from pascaline.errors import BadInput
 from pascaline.runs import write_atomic, write_json
+from pascaline.template import TEMPLATE, compiled
 
 SPECIALS = ("<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<think>", "</think>")
 BEGIN, END, PAD, USER, ASSISTANT, THINK, UNTHINK = SPECIALS
+MARK = "\ue000"  # a private character, to find what stands beside it
 BYTES = 256  # the byte alphabet: with it no text is unknown
-
-# A thought is shown only after the last user message, as DeepSeek-R1's own template does: earlier ones cost tokens.
-TEMPLATE = """\
-{%- set ns = namespace(last_user=-1) -%}
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}{%- set ns.last_user = loop.index0 -%}{%- endif -%}
-{%- endfor -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-    {%- if message['role'] == 'system' and loop.first -%}
-        {{- message['content'] -}}
-    {%- elif message['role'] == 'user' -%}
-        {{- '<|user|>' + message['content'] -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- '<|assistant|>' -}}
-        {%- if loop.index0 > ns.last_user -%}
-            {{- '<think>' + (message['reasoning_content'] or '') + '</think>' -}}
-        {%- endif -%}
-        {{- message['content'] + eos_token -}}
-    {%- elif message['role'] == 'system' -%}
-        {{- raise_exception('a system message can only come first') -}}
-    {%- else -%}
-        {{- raise_exception('unknown role: ' + message['role'] + ' (system, user and assistant are known)') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|assistant|><think>' -}}
-    {%- if thinking is defined and not thinking -%}{{- '</think>' -}}{%- endif -%}
-{%- endif -%}
-"""
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -135,7 +104,22 @@ class Tokenizer:
 
     @cached_property
     def pad(self) -> int:
-        return self._configured("pad_token")
+        """Fills up rows, and is never seen; the end token where a folder names none."""
+        return self._configured("pad_token") if self._token_text("pad_token") else self.end
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What a document begins with: the begin token, or nothing where a folder has none (Qwen's)."""
+        return [self.begin] if self._token_text("bos_token") else []
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """What the template puts after the assistant's words, which need not be the end of a document (`end`)."""
+        if self.template is None:
+            return self.end
+        said = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
+        found = self._special_pattern.search(said.rpartition(MARK)[2])
+        return self._special[found[0]] if found else self.end
 
     @cached_property
     def user(self) -> int:
@@ -228,14 +212,7 @@ class Tokenizer:
     def _compiled(self) -> jinja2.Template:
         if self.template is None:
             raise BadInput("this tokenizer has no chat template; put a chat_template.jinja beside its tokenizer.json")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        try:
-            return environment.from_string(self.template)
-        except jinja2.TemplateError as error:
-            raise BadInput(f"the chat template is not valid Jinja: {error}") from error
+        return compiled(self.template)
 
     def prompt_ids(self, messages: Messages | str, thinking: bool = True) -> list[int]:
         """Ids of the conversation (or of one user message) up to where the assistant's turn goes on.
@@ -262,12 +239,58 @@ class Tokenizer:
         return ids
 
     def chat_ids(self, user: Messages | str, thought: str, answer: str) -> tuple[list[int], list[int]]:
-        """(prompt ids, completion ids): the prompt ends with <think>, the completion with the end token.
+        """(prompt ids, completion ids): the completion goes on where the template leaves the assistant's turn, and ends with the token
+        that ends a turn.
 
-        Together they are the ids of the rendered conversation with the thought as `reasoning_content`.
+        Together they are the ids of the rendered conversation with the thought as `reasoning_content`, where the template has a place for
+        it. Where it has none the thought is written as R1 and Qwen3 do, in lines of its own.
         """
-        completion = [*self.encode(thought), self.unthink, *self.encode(answer), self.end]
-        return self.prompt_ids(user), completion
+        prompt = self.prompt_ids(user)
+        gap = "" if self._bare(prompt) else "\n"
+        start = ["", THINK, gap] if self._standing(prompt) != THINK else [""]
+        start[-1] += f"{thought}{gap}"
+        return prompt, [*self._tagged(*start, UNTHINK, f"{2 * gap}{answer}"), self.end_of_turn]
+
+    def _tagged(self, *pieces: str) -> list[int]:
+        """Ids of text, tag, text, ..., text; a tag is a token in some vocabularies and plain text in the others."""
+        ids: list[int] = []
+        text = ""
+        for i, piece in enumerate(pieces):
+            if i % 2 and piece in self._special:
+                ids += [*self.encode(text), self._special[piece]]
+                text = ""
+            else:
+                text += piece
+        return ids + self.encode(text)
+
+    def _standing(self, prompt: Sequence[int]) -> str:
+        """The think tag at the end of a prompt, "" if there is none: a template may open the thought, or close it at once."""
+        tail = self.decode(prompt[-8:], special=True).rstrip()
+        return next((tag for tag in (THINK, UNTHINK) if tail.endswith(tag)), "")
+
+    def _bare(self, prompt: Sequence[int]) -> bool:
+        """Whether nothing stands between a tag and its text, as in our own template."""
+        return bool(prompt) and prompt[-1] in (self._special.get(THINK), self._special.get(UNTHINK))
+
+    def thought(self, prompt: Sequence[int], ids: Sequence[int]) -> tuple[str | None, str | None]:
+        """What was said after `prompt`, perhaps not to its end, as (thought, answer). The thought is None where there is none, the answer
+        None where the thought is not closed."""
+        standing, close = self._standing(prompt), self._special.get(UNTHINK)
+        if standing == UNTHINK:
+            return None, self.decode(ids)
+        if close is None:  # the tags are plain text
+            before, tag, after = self.decode(ids).partition(UNTHINK)
+            closed, opened = bool(tag), before.lstrip().startswith(THINK)
+        else:
+            ids = list(ids)
+            border = ids.index(close) if close in ids else len(ids)
+            before, closed, after = self.decode(ids[:border]), border < len(ids), self.decode(ids[border + 1 :])
+            opened = ids[:1] == [self._special.get(THINK)]
+        if not (standing or opened or closed):
+            return None, before
+        if not self._bare(prompt):
+            before, after = before.lstrip().removeprefix(THINK).strip("\n"), after.lstrip("\n")
+        return before, after if closed else None
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -326,22 +349,3 @@ def _read(path: Path) -> str:
         raise BadInput(f"{path} is missing; a tokenizer folder has tokenizer.json and tokenizer_config.json") from error
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Jinja's own filter escapes HTML; models were trained on plain JSON."""
-    return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), indent=indent, **options)
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's words in some templates; transparent here."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

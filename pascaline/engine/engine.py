@@ -28,8 +28,8 @@ PREFILL_TOKENS = 16384  # padded prompt tokens in one prefill forward
 
 @dataclass
 class Output:
-    """One answer. reasoning is what stands before </think>, text what stands after; a thought that was never closed leaves
-    text empty. finish_reason: "stop" (an end token) or "length". logprobs are the model's own, one a token."""
+    """One answer. reasoning is what stands before </think>, text what stands after (Tokenizer.thought); a thought that was never closed
+    leaves text empty. finish_reason: "stop" (an end token) or "length". logprobs are the model's own, one a token."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -257,20 +257,15 @@ class Engine:
     def _output(self, request: Request, ids: list[int], logprobs: list[float], stopped: bool) -> Output:
         out = Output(ids, logprobs, "stop" if stopped else "length")
         if self.tokenizer is not None:
-            body = ids[:-1] if stopped else ids
-            thinking = request.prompt[-1] == self.tokenizer.think
-            if thinking and self.tokenizer.unthink in body:
-                border = body.index(self.tokenizer.unthink)
-                out.reasoning, out.text = self.tokenizer.decode(body[:border]), self.tokenizer.decode(body[border + 1 :])
-            elif thinking:
-                out.reasoning = self.tokenizer.decode(body)
-            else:
-                out.text = self.tokenizer.decode(body)
+            out.reasoning, text = self.tokenizer.thought(request.prompt, ids[:-1] if stopped else ids)
+            out.text = text or ""
         return out
 
     def _stop_ids(self, sampling: Sampling) -> list[int]:
         own = self.model.config.eos_token_id
         ids = [*sampling.stop_ids, *(own if isinstance(own, list) else [] if own is None else [own])]
+        if self.tokenizer is not None and self.tokenizer.end_of_turn not in ids:
+            ids.append(self.tokenizer.end_of_turn)
         if len(ids) > self.stop.shape[1]:
             self.stop = np.pad(self.stop, ((0, 0), (0, len(ids) - self.stop.shape[1])), constant_values=-1)
         return ids + [-1] * (self.stop.shape[1] - len(ids))

@@ -58,7 +58,7 @@ def fill(problem: Problem, tokenizer: Tokenizer, length: int, depth: float) -> P
 
 def prompt(problem: Problem, tokenizer: Tokenizer) -> list[int]:
     """Plain text for a model that has seen no chat, up to where the number stands."""
-    return [tokenizer.begin, *tokenizer.encode(f"{problem.prompt}\n{needle.opening(problem)}")]
+    return [*tokenizer.prefix, *tokenizer.encode(f"{problem.prompt}\n{needle.opening(problem)}")]
 
 
 def score(problem: Problem, continuation: str) -> bool:

@@ -14,13 +14,17 @@ from pascaline.errors import BadInput, nearest
 from pascaline.model.config import ModelConfig
 from pascaline.model.presets import from_recipe
 from pascaline.recipe import Recipe
-from pascaline.tokenizer import BYTES, SPECIALS
+from pascaline.tokenizer import BYTES, SPECIALS, Tokenizer
 
 
 def check(recipe: Recipe) -> None:
     """Refuse impossible shapes, unknown names, and a chain that would find nothing to learn from or to be asked (BadInput)."""
     least = BYTES + len(SPECIALS)
-    if recipe.tokenizer.vocab_size < least:
+    if recipe.start:
+        _check_start(recipe)
+    elif recipe.pretrain is None:
+        raise BadInput("a chain starts with [pretrain], or with the weights of a folder (model.folder).")
+    elif recipe.tokenizer.vocab_size < least:
         raise BadInput(f"tokenizer.vocab_size = {recipe.tokenizer.vocab_size} is smaller than the byte alphabet and the special tokens; "
                        f"take at least {least}.")  # fmt: skip
     config = model_config(recipe, recipe.tokenizer.vocab_size)
@@ -32,6 +36,8 @@ def check(recipe: Recipe) -> None:
         if (stage := getattr(recipe, name)) and stage.sequence_length > positions:
             raise BadInput(f"{name}.sequence_length = {stage.sequence_length} is more than the model's {positions} positions.")
     _check_puzzles(recipe)
+    if "corpus" not in recipe.stages:
+        return
     _check_filters(recipe)
     _check_mixture(recipe)
     if recipe.corpus.sources and recipe.corpus.max_bytes:
@@ -53,15 +59,31 @@ def _check_extend(recipe: Recipe, positions: int) -> None:
     if recipe.extend.length <= positions:
         raise BadInput(f"extend.length = {recipe.extend.length} must be more than the model's {positions} positions "
                        "(model.max_position_embeddings).")  # fmt: skip
-    if recipe.pretrain.sequence_length < positions:
+    if recipe.pretrain and recipe.pretrain.sequence_length < positions:
         raise BadInput(f"extend stretches the model's {positions} positions, of which pretrain.sequence_length = "
                        f"{recipe.pretrain.sequence_length} trains no more; set model.max_position_embeddings to that.")  # fmt: skip
     if not recipe.corpus.held_out:
         raise BadInput("extend is judged on documents that no stage trains on: corpus.held_out must be more than 0 (0.02).")
 
 
+def _check_start(recipe: Recipe) -> None:
+    """The folder that a chain starts from must be a model with a tokenizer and a chat template."""
+    assert recipe.start is not None
+    if recipe.tokenizer != Recipe().tokenizer:
+        raise BadInput("model.folder brings its own tokenizer; leave out the [tokenizer] table.")
+    own, config = Tokenizer.load(recipe.start), model_config(recipe, 0)
+    if own.vocab_size > config.vocab_size:
+        raise BadInput(f"{recipe.start}: the tokenizer has {own.vocab_size} tokens, the model only {config.vocab_size}.")
+    own.prompt_ids("?")  # says what is wrong with the template
+    _ = own.end, own.end_of_turn
+
+
 def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
     """The recipe's model over a vocabulary; impossible shapes and unknown names are BadInput."""
+    if recipe.start:
+        from pascaline.model.hf import read_config
+
+        return read_config(recipe.start)
     if "vocab_size" in recipe.model:
         raise BadInput("model.vocab_size follows from the tokenizer; set tokenizer.vocab_size instead.")
     return from_recipe({**recipe.model, "vocab_size": vocab_size})

@@ -20,6 +20,7 @@ from pascaline.train.loop import active_parameters
 
 VOTES = (1, 2, 4, 8, 16, 32)
 EXAMPLES = 3
+START = "start"
 SEED = 1_000_003  # of the evaluation problems: one set for every run, so that runs can be compared
 
 
@@ -36,8 +37,12 @@ def evaluate(run: Run) -> dict[str, Any]:
     def piece(model: str, name: str, work: Callable[[Engine], dict[str, Any]]) -> None:
         pieces.append((model, f"{model}-{name}", work))
 
-    # The base model reads plain text: it meets chat tokens only in sft.
-    piece(_base_stage(run), "plain", lambda engine: _base(engine, main, plan.temperature, plan.top_p, plan.max_tokens))
+    base = _base_stage(run)
+    if base != START:  # a base model of our own reads plain text: it meets chat tokens only in sft
+        piece(base, "plain", lambda engine: _base(engine, main, plan.temperature, plan.top_p, plan.max_tokens))
+    else:
+        sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, plan.samples, seed=SEED)
+        piece(base, "plain", lambda engine, s=sampling: _protocol(engine, main, s))  # type: ignore[misc]
     for model in ("sft", "rl"):
         for temperature, top_p, samples in protocols:
             sampling = Sampling(temperature, top_p, plan.max_tokens, samples, seed=SEED)
@@ -51,8 +56,9 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def _base_stage(run: Run) -> str:
-    """The stage whose model sft starts from."""
-    return run.recipe.stages[run.recipe.stages.index("sft") - 1]
+    """The stage whose model sft starts from, START if that is the folder that the chain starts from."""
+    before = run.recipe.stages[run.recipe.stages.index("sft") - 1]
+    return START if before == "tokenizer" else before
 
 
 def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, Any]]]]) -> dict[str, Any]:
@@ -66,7 +72,8 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
             found = read_json(path)
             if found is None:
                 if loaded != model:
-                    weights = hf.load(run.folder(model) / "model", run.dtype, run.device)
+                    folder = run.origin("sft") if model == START else run.folder(model) / "model"
+                    weights = hf.load(folder, run.dtype, run.device)
                     engine, loaded = Engine(weights, run.tokenizer()), model
                 assert engine is not None
                 before, began = engine.generated + engine.prefilled, time.perf_counter()
@@ -109,7 +116,7 @@ def _base(engine: Engine, problems: list[Problem], temperature: float, top_p: fl
         return verdict(problem, Output(output.token_ids, output.logprobs, output.finish_reason, answer, thought if said else None))
 
     sampling = Sampling(temperature, top_p, max_tokens, 1, seed=SEED)
-    result = tasks.evaluate(engine, problems, sampling, judge, lambda p: [own.begin, *own.encode(f"{p.prompt}\n")])
+    result = tasks.evaluate(engine, problems, sampling, judge, lambda p: [*own.prefix, *own.encode(f"{p.prompt}\n")])
     return result.summary()
 
 
@@ -123,7 +130,7 @@ def report(run: Run) -> dict[str, Any]:
     rows = []
     spent = cost(run.out)
     final = {entry["name"]: entry["final"] for entry in spent.get("stages", [])}
-    for name in run.recipe.stages:
+    for name in [*[START] * (base == START), *run.recipe.stages]:
         facts, own = measured.get(name, {}), final.get(name, {})
         rows.append({"name": name, **{k: facts.get(k) for k in keys}, "seconds": own.get("seconds"), "flops": own.get("flops")})
     protocols = [
@@ -131,7 +138,7 @@ def report(run: Run) -> dict[str, Any]:
         for name, part in parts.items()
         if "temperature" in part
     ]
-    protocols.sort(key=lambda p: (plan.index(p["puzzle"]), p["model"] == "rl", -p["temperature"]))
+    protocols.sort(key=lambda p: (plan.index(p["puzzle"]), (START, "sft", "rl").index(p["model"]), -p["temperature"]))
     before, after = parts["sft-votes"], parts["rl-votes"]
     gain, low, high = passk.paired_difference(measured["rl"]["by_problem"], measured["sft"]["by_problem"])
 

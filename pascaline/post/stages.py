@@ -65,6 +65,11 @@ class Run:
         """The folder of the stage before."""
         return self.folder(self.recipe.stages[self.recipe.stages.index(stage) - 1])
 
+    def origin(self, stage: str) -> Path:
+        """The model folder that a training stage starts from."""
+        before = self.recipe.stages[self.recipe.stages.index(stage) - 1]
+        return Path(self.recipe.start or "") if before == "tokenizer" else self.folder(before) / "model"
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder("tokenizer"))
 
@@ -154,8 +159,8 @@ def read_documents(run: Run) -> Iterator[dict[str, str]]:
 
 
 def tokenizer(run: Run) -> dict[str, Any]:
-    """tokenizer.json and its companions, and the corpus as token shards with their card.md."""
-    folder = run.folder("tokenizer")
+    """tokenizer.json and its companions, and the corpus, if there is one, as token shards with their card.md."""
+    folder, start = run.folder("tokenizer"), run.recipe.start
 
     def sample() -> Iterator[str]:
         # Spread over the whole file, whose sources stand one after the other.
@@ -164,21 +169,28 @@ def tokenizer(run: Run) -> dict[str, Any]:
             if i % max(size // TOKENIZER_BYTES, 1) == 0:
                 yield document["text"]
 
-    trained = tokenizers.train(sample(), run.recipe.tokenizer.vocab_size)
-    trained.save(folder)
+    own = Tokenizer.load(start) if start else tokenizers.train(sample(), run.recipe.tokenizer.vocab_size)
+    own.save(folder)
+    tokens = _encode(run, own) if "corpus" in run.recipe.stages else 0
+    return {"vocab_size": own.vocab_size, "tokens": tokens}
+
+
+def _encode(run: Run, own: Tokenizer) -> int:
+    """Write the corpus as token shards; how many tokens it has."""
+    folder = run.folder("tokenizer")
     documents, tokens = Counter[str](), Counter[str]()
     with (
-        ShardWriter(folder / "shards", trained.vocab_size) as writer,
+        ShardWriter(folder / "shards", own.vocab_size) as writer,
         run.progress("tokenizer", None, "document") as progress,
         Interrupt() as interrupt,
     ):
         batch: list[dict[str, str]] = []
 
         def flush() -> None:
-            for document, ids in zip(batch, trained.encode_batch([d["text"] for d in batch]), strict=True):
-                writer.add([trained.begin, *ids, trained.end], document["source"])
+            for document, ids in zip(batch, own.encode_batch([d["text"] for d in batch]), strict=True):
+                writer.add([*own.prefix, *ids, own.end], document["source"])
                 documents[document["source"]] += 1
-                tokens[document["source"]] += len(ids) + 2
+                tokens[document["source"]] += len(ids) + len(own.prefix) + 1
 
         for document in read_documents(run):
             batch.append(document)
@@ -191,13 +203,17 @@ def tokenizer(run: Run) -> dict[str, Any]:
         flush()
         progress.update(documents.total(), tokens=writer.tokens)
     write_atomic(folder / "shards" / "card.md", token_card(run.recipe.corpus, documents, tokens))
-    return {"vocab_size": trained.vocab_size, "tokens": tokens.total()}
+    return tokens.total()
 
 
 def pretrain(run: Run) -> dict[str, Any]:
-    """Next-token prediction on the packed corpus, from random weights."""
+    """Next-token prediction on the packed corpus, from random weights or from those of the folder that the chain starts from."""
     stage, own = run.recipe.pretrain, run.tokenizer()
-    model = Model(model_config(run.recipe, own.vocab_size)).init_(run.recipe.seed).to(run.device)
+    assert stage is not None
+    if run.recipe.start:
+        model = hf.load(run.recipe.start, device=run.device)
+    else:
+        model = Model(model_config(run.recipe, own.vocab_size)).init_(run.recipe.seed).to(run.device)
     row, shards = stage.sequence_length, Corpus(run.folder("tokenizer") / "shards")
     samples = CorpusSamples(shards, row, run.recipe.corpus.held_out)
     if run.recipe.extend:
@@ -211,7 +227,7 @@ def pretrain(run: Run) -> dict[str, Any]:
 def extend(run: Run) -> dict[str, Any]:
     """A longer context: YaRN, and next-token prediction on long rows of the same corpus (DeepSeek-V3, arXiv 2412.19437 section 4.3).
     extension.json says what each of the two did."""
-    stage, folder, base = run.recipe.extend, run.folder("extend"), run.before("extend") / "model"
+    stage, folder, base = run.recipe.extend, run.folder("extend"), run.origin("extend")
     assert stage is not None
     model = hf.load(base, device=run.device)
     old, new = model.config, model.config.extended(stage.length)
@@ -237,7 +253,7 @@ def sft(run: Run) -> dict[str, Any]:
     """A cold start on chats: thought, then answer; loss on the assistant's tokens."""
     stage = run.recipe.sft
     samples = ListSamples(puzzle_samples(run.recipe.puzzles, run.tokenizer(), run.recipe.seed))
-    model = hf.load(run.before("sft") / "model", device=run.device)
+    model = hf.load(run.origin("sft"), device=run.device)
     longest, room = int(samples.lengths.max()), model.config.max_position_embeddings
     if longest > room:
         raise BadInput(f"the longest chat has {longest} tokens, the model only {room} positions; raise model.max_position_embeddings.")
@@ -281,6 +297,8 @@ def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[s
 
 def record(run: Run, name: str) -> None:
     """lineage.json of a finished stage."""
-    parents = [] if name == run.recipe.stages[0] else [run.before(name)]
+    parents: list[Path | str] = [] if name == run.recipe.stages[0] else [run.before(name)]
+    if run.recipe.start and name in ("tokenizer", "pretrain", "extend", "sft") and run.origin(name) == Path(run.recipe.start):
+        parents.append(run.recipe.start)
     lineage(run.folder(name), parents=parents, seed=run.recipe.seed, cost=stage_cost(run.out, name),
             accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype), stage=name)  # fmt: skip
