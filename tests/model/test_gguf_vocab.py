@@ -1,11 +1,14 @@
 """The tokenizer in a GGUF file: llama.cpp is the oracle for token ids and prompts."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import tokenizers
 from tiny import randomize_
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from pascaline.model import gguf, hf
 from pascaline.model.config import ModelConfig
@@ -51,15 +54,26 @@ def test_think_tags_are_tokens_in_any_text_there(tmp_path, llama):
     assert there.tokenize(text, True) == here.encode(text, special=True) == there.tokenize(text, False) != here.encode(text)
 
 
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+REGEX = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+
+
+LLAMA3 = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default
+DEEPSEEK = (  # as in V3's and R1's tokenizer.json, with real line ends
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
+    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
 SPLITS = {
-    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), REGEX],
+    "gpt-2": [REGEX],
+    "llama-bpe": [split(LLAMA3), BYTES],
+    "qwen2": [split(PRETOKENIZE_REGEX), BYTES],
+    "deepseek-v3": [split(r"\p{N}{1,3}"), split("[一-龥\u3040-ゟ゠-ヿ]+"), split(DEEPSEEK), BYTES],
 }
-for steps, name in PRE_TOKENIZERS.items():
-    if name not in SPLITS:
-        raw = [step.replace(r"[\r\n]*", "[\r\n]*") if name == "deepseek-v3" else step for step in steps[:-1]]
-        splits = [pre_tokenizers.Split(tokenizers.Regex(step), "isolated") for step in raw]
-        SPLITS[name] = [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
 
 
 def other_tokenizer(name: str, size: int = MANY) -> Tokenizer:
@@ -74,7 +88,7 @@ def other_tokenizer(name: str, size: int = MANY) -> Tokenizer:
     return Tokenizer(backend.to_str(), {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}, None)
 
 
-@pytest.mark.parametrize("name", sorted(SPLITS))
+@pytest.mark.parametrize("name", PRE_TOKENIZERS.values())
 def test_other_pre_tokenizers_are_found_by_their_form(name, tmp_path, llama):
     own = other_tokenizer(name)
     there = llama(worded(tmp_path, own))
