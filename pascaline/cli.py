@@ -99,11 +99,8 @@ def export(
 ) -> None:
     """Write a model as one GGUF file, tokenizer and chat template included."""
     from pascaline.eval import rounding
-    from pascaline.model import gguf as file
 
-    told = file.export(model, gguf, type, quiet=as_json)
-    if measure and type != "f32":
-        told["perplexity"] = rounding.cost(model, gguf, text, quiet=as_json)
+    told = rounding.export(model, gguf, type, text, measure, quiet=as_json)
     print(json.dumps(told) if as_json else rounding.describe(told))
 
 

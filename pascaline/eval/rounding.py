@@ -16,41 +16,53 @@ TOKENS = 20_000  # of text, at most
 WINDOW = 512  # positions
 
 
-def cost(folder: str | Path, file: str | Path, text: str | Path | None = None, quiet: bool = False) -> dict[str, Any]:
-    """{"text", "tokens", "before", "after"}: perplexity a token of the model in `folder` on the first TOKENS tokens of a text (None:
-    the standard library), in windows of WINDOW, and with the weights of `file`, which `gguf.export` wrote from it; both in float32.
+def export(
+    folder: str | Path, file: str | Path, kind: str, text: str | Path | None = None, measure: bool = True, quiet: bool = False
+) -> dict[str, Any]:
+    """`gguf.export`, and for a rounded type what it costs, as "perplexity": {"text", "tokens", "before", "after"}.
 
-    BadInput where the text is missing or holds fewer than two tokens.
+    Perplexity is a token's, on the first TOKENS tokens of a text (None: the standard library) in windows of WINDOW, with the weights of
+    the folder and with those read back from the file, both in float32. BadInput, before anything is written, for a text that is not
+    there or holds fewer than two tokens.
     """
-    model, tokenizer = hf.load(folder), Tokenizer.load(folder)
-    length = min(WINDOW, model.config.max_position_embeddings)
-    windows = _windows(tokenizer, str(text) if text else STDLIB, length)
-    told: dict[str, Any] = {"text": str(text) if text else "the standard library", "tokens": 0}
-    with Progress("perplexity", 2 * len(windows), "window", enabled=not quiet) as progress:
-
-        def watch() -> None:
-            progress.update(progress.step + 1)
-
-        for when in ("before", "after"):
-            if when == "after":
-                gguf.load_into(model, file)
-            (found,) = by_position(model, windows, [length], watch)
-            told |= {"tokens": found["tokens"], when: found["perplexity"]}
-    if not told["tokens"]:
-        raise BadInput(f"{told['text']} holds no two tokens to measure on.")
+    measured = measure and kind != "f32"
+    windows = _windows(folder, str(text) if text else STDLIB) if measured else []
+    told = gguf.export(folder, file, kind, quiet)
+    if measured:
+        before, after = _perplexities(folder, file, windows, quiet)
+        tokens = sum(len(window) - 1 for window in windows)
+        told["perplexity"] = {"text": str(text) if text else "the standard library", "tokens": tokens, "before": before, "after": after}
     return told
 
 
-def _windows(tokenizer: Tokenizer, source: str, length: int) -> list[np.ndarray]:
-    """Token ids of the source's documents, each cut every `length` tokens, TOKENS in all."""
+def _windows(folder: str | Path, source: str) -> list[np.ndarray]:
+    """Token ids of the source's documents, each cut into windows, TOKENS in all."""
+    length, tokenizer = min(WINDOW, hf.read_config(folder).max_position_embeddings), Tokenizer.load(folder)
     windows, left = list[np.ndarray](), TOKENS
     for document in documents([source], None, lambda _: None):
         ids = np.array(tokenizer.encode(document.text)[:left], np.int64)
-        windows += [ids[start : start + length] for start in range(0, len(ids), length)]
+        cut = [ids[start : start + length] for start in range(0, len(ids), length)]
+        windows += [window for window in cut if len(window) > 1]
         left -= len(ids)
         if not left:
             break
+    if not windows:
+        raise BadInput(f"{source} holds no two tokens to measure on.")
     return windows
+
+
+def _perplexities(folder: str | Path, file: str | Path, windows: list[np.ndarray], quiet: bool) -> tuple[float, float]:
+    """With the weights of the folder, and of the file."""
+    model = hf.load(folder)
+    with Progress("perplexity", 2 * len(windows), "window", enabled=not quiet) as progress:
+
+        def mean() -> float:
+            (found,) = by_position(model, windows, [WINDOW], lambda: progress.update(progress.step + 1))
+            return float(found["perplexity"])
+
+        before = mean()
+        gguf.load_into(model, file)
+        return before, mean()
 
 
 def describe(told: dict[str, Any]) -> str:

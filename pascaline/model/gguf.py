@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,7 @@ def export(folder: str | Path, path: str | Path, kind: str, quiet: bool = False)
             _add(writer, name, value)
         streams = [_Stream(gguf, entry, weights, types[entry.name]) for entry in plan]
         for entry, stream in zip(plan, streams, strict=True):
-            writer.add_tensor_info(entry.name, entry.stacked, torch.float32, stream.nbytes, stream.kind)
+            writer.add_tensor_info(entry.name, entry.stacked, np.dtype(np.float32), stream.nbytes, stream.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -247,6 +247,9 @@ def test_the_command_line_says_what_a_rounded_type_costs(tiny_run, tmp_path):
     lost = told["perplexity"]
     assert lost["text"] == str(text) and 100 < lost["tokens"] < 2000
     assert lost["before"] != lost["after"] == pytest.approx(lost["before"], rel=0.05)
+    file.unlink()
+    code, out, err = forked.call(tmp_path, *command, "--text", tmp_path / "none.txt")
+    assert code == 2 and err.count("\n") == 1 and "none.txt" in err and not file.exists()
     code, out, err = forked.call(tmp_path, *command, "--no-measure")
     assert code == 0 and "Perplexity" not in out and f"{told['unfit']} of them are float32" in out, err
 
