@@ -90,7 +90,8 @@ class Guard(Table):
 class Stage(Optim):
     """What every training stage has. sequence_length: tokens a row (in sft and rl a longer chat gets longer rows);
     tokens_per_step: tokens in one optimizer step, cut into micro-batches of at most micro_tokens; activation_checkpointing: compute
-    each layer again in the backward instead of keeping its activations.
+    each layer again in the backward instead of keeping its activations; compile: each layer by torch.compile; fp8: the layers' linear
+    modules in block-scaled fp8 (docs/training.md).
 
     balance_rate: gamma of the router bias, until that share of the steps, then 0; sequence_balance: weight of the sequence-wise balance
     loss; mtp: weight of the multi-token loss until that share, then mtp_final; z_loss: weight of the squared log-partition of the head.
@@ -99,6 +100,8 @@ class Stage(Optim):
     sequence_length: int = Field(256, ge=8)
     micro_tokens: int = Field(8192, ge=8)
     activation_checkpointing: bool = False
+    compile: bool = False
+    fp8: bool = False
     balance_rate: float = Field(1e-3, ge=0)
     balance_until: float = Field(1.0, ge=0, le=1)
     sequence_balance: float = Field(0.0, ge=0)

@@ -8,11 +8,15 @@ from pascaline.model.transformer import Model
 
 
 def tiny_config(**changes) -> ModelConfig:
+    """deepseek_v3, or another family's by model_type."""
     sizes = dict(
         vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, moe_intermediate_size=12,
         n_routed_experts=8, num_experts_per_tok=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
         max_position_embeddings=128,
     )  # fmt: skip
+    if "model_type" in changes:
+        dense = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+        sizes = {name: sizes[name] for name in dense}
     return ModelConfig(**{**sizes, **changes})
 
 

@@ -5,7 +5,7 @@ Shapes: B batch, T new tokens, S cached tokens, H heads, D hidden, R latent rank
 grouped: K heads of keys and values, G queries to each, C numbers a head.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from pascaline.model.config import ModelConfig
 from pascaline.model.fused import rms_norm
 from pascaline.model.rope import rotate, rotate_halves
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 LATENT_EPS = 1e-6  # the norms on the latents keep this whatever rms_norm_eps is (V3 and transformers alike)
 QUERY_BLOCK = 128
@@ -63,7 +66,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = linear(heads * config.v_head_dim, config.hidden_size)
 
-    def forward(self, x_BTD: Tensor, turn: Tensor, mask_BTT: Tensor | None, cache: Cache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, turn: Tensor, mask_BTT: "Tensor | BlockMask | None", cache: Cache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]. `mask_BTT` says which new token sees which new token; a cache that holds earlier ones says it itself."""
         c = self.config
         q, latent, k_rope = self.qkv_a_proj(x_BTD).split(self.widths, -1)
@@ -81,7 +84,7 @@ class LatentAttention(nn.Module):
         assert mask_BTT is not None
         return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, mask_BTT))
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent_BTR: Tensor, k_rope: Tensor, mask_BTT: Tensor) -> Tensor:
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent_BTR: Tensor, k_rope: Tensor, mask_BTT: "Tensor | BlockMask") -> Tensor:
         """The form of the paper's equations: keys and values per head. [B, T, H*V]."""
         c = self.config
         B, T, H, _ = q_nope.shape
@@ -90,6 +93,7 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), -1).transpose(1, 2)
         if self.max_logit_H is not None and torch.is_grad_enabled():
+            assert isinstance(mask_BTT, Tensor)
             self.max_logit_H = torch.maximum(self.max_logit_H, largest_logits(q, k, mask_BTT, c.attention_scale))
         return attend(q, k, v.transpose(1, 2), mask_BTT, c.attention_scale).transpose(1, 2).reshape(B, T, H * c.v_head_dim)
 
@@ -123,7 +127,7 @@ class GroupedAttention(nn.Module):
             self.q_norm = RMSNorm(width, config.rms_norm_eps)
             self.k_norm = RMSNorm(width, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, turn: Tensor, mask_BTT: Tensor | None, cache: Cache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, turn: Tensor, mask_BTT: "Tensor | BlockMask | None", cache: Cache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D], as LatentAttention's."""
         c = self.config
         q, k, v = (part.unflatten(-1, (-1, c.qk_head_dim)) for part in self.qkv_proj(x_BTD).split(self.widths, -1))
@@ -139,6 +143,7 @@ class GroupedAttention(nn.Module):
         groups = c.num_attention_heads // c.kv_heads
         q, k, v = (part.transpose(1, 2) for part in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
         if self.max_logit_H is not None and torch.is_grad_enabled():
+            assert isinstance(mask_BTT, Tensor)
             self.max_logit_H = torch.maximum(self.max_logit_H, largest_logits(q, k, mask_BTT, c.attention_scale))
         return self.o_proj(attend(q, k, v, mask_BTT, c.attention_scale).transpose(1, 2).flatten(2))
 
@@ -164,12 +169,28 @@ def visible(document_ids_BT: Tensor | None, batch: int, length: int, device: tor
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
-def attend(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTV: Tensor, mask_BTT: Tensor, scale: float) -> Tensor:
-    """Causal attention under an additive mask, [B, H, T, V].
+def visible_blocks(document_ids_BT: Tensor | None, batch: int, length: int, device: torch.device) -> "BlockMask":
+    """The same for FlexAttention, which leaves out whole blocks that nobody sees."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        earlier = query >= key
+        return earlier if document_ids_BT is None else earlier & (document_ids_BT[b, query] == document_ids_BT[b, key])
+
+    rows = None if document_ids_BT is None else batch
+    return create_block_mask(sees, rows, None, length, length, device=device)
+
+
+def attend(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTV: Tensor, mask_BTT: "Tensor | BlockMask", scale: float) -> Tensor:
+    """Causal attention under an additive mask, or under blocks of one, [B, H, T, V].
 
     CPU kernels of scaled_dot_product_attention are no faster in bf16 than in float32 and want equal head dims, so on the CPU
     blocks of queries meet only the keys before them in plain matmuls; elsewhere PyTorch's kernel does it (parity: tests).
     """
+    if not isinstance(mask_BTT, Tensor):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention(q_BHTC, k_BHTC, v_BHTV, block_mask=mask_BTT, scale=scale)
     mask = mask_BTT.unsqueeze(1)
     if q_BHTC.device.type != "cpu":
         return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTV, attn_mask=mask, scale=scale)

@@ -50,6 +50,10 @@ def turns(rope: Rope, dim: int, positions_BT: Tensor) -> Tensor:
 
 def rotate(x_BTHP: Tensor, turn: Tensor) -> Tensor:
     """Rotate each interleaved pair; float32 inside, the dtype of x outside."""
+    if torch.compiler.is_compiling():  # which fuses everything but complex numbers
+        even, odd = x_BTHP.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((even * turn.real - odd * turn.imag, odd * turn.real + even * turn.imag), -1)
+        return turned.flatten(-2).to(x_BTHP.dtype)
     pairs = torch.view_as_complex(x_BTHP.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x_BTHP.dtype)
 

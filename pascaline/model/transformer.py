@@ -5,17 +5,20 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, L expert layers, E experts.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pascaline.model.attention import Cache, GroupedAttention, LatentAttention, RMSNorm, visible
+from pascaline.model.attention import Cache, GroupedAttention, LatentAttention, RMSNorm, visible, visible_blocks
 from pascaline.model.config import ModelConfig
 from pascaline.model.moe import MLP, Experts, MoE, Router, Routing
 from pascaline.model.rope import turns
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass
@@ -24,7 +27,7 @@ class View:
     padding (None: all)."""
 
     turn: Tensor
-    mask_BTT: Tensor | None
+    mask_BTT: "Tensor | BlockMask | None"
     cache: Cache | None
     real_BT: Tensor | None = None
 
@@ -85,6 +88,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.flex = False  # attend by FlexAttention where there is no cache
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -120,7 +124,11 @@ class Model(nn.Module):
         turn = turns(self.config.rope, self.config.rope_dim, positions_BT)
         real = None if document_ids_BT is None else document_ids_BT >= 0
         # A cache that holds earlier tokens brings its own mask.
-        mask = visible(document_ids_BT, B, T, tokens_BT.device, self.dtype) if cache is None or cache.fresh else None
+        mask: Tensor | BlockMask | None = None
+        if cache is None and self.flex:
+            mask = visible_blocks(document_ids_BT, B, T, tokens_BT.device)
+        elif cache is None or cache.fresh:
+            mask = visible(document_ids_BT, B, T, tokens_BT.device, self.dtype)
         return View(turn, mask, cache, real)
 
     def mtp_hidden(

@@ -35,6 +35,8 @@ def check(recipe: Recipe) -> None:
             positions = recipe.extend.length
         if (stage := getattr(recipe, name)) and stage.sequence_length > positions:
             raise BadInput(f"{name}.sequence_length = {stage.sequence_length} is more than the model's {positions} positions.")
+    if recipe.rl.compile:
+        raise BadInput("rl.compile: the engine samples with the layers that are trained, in ever other shapes; compile the other stages.")
     _check_puzzles(recipe)
     if "corpus" not in recipe.stages:
         return

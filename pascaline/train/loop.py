@@ -25,7 +25,7 @@ from pascaline.progress import Progress
 from pascaline.recipe import Stage
 from pascaline.runs import Metrics, disk_full
 from pascaline.stopping import Interrupt
-from pascaline.train import checkpoint, losses, parallel, quarantine, schedule
+from pascaline.train import checkpoint, losses, parallel, paths, quarantine, schedule
 from pascaline.train.guard import Guard, within
 from pascaline.train.optim import Optimizer
 from pascaline.train.parallel import ALONE, Ranks
@@ -69,6 +69,7 @@ class Trainer:
     def __init__(self, model: Model, stage: Stage, rule: losses.Loss, folder: Path, name: str, dtype: torch.dtype, ranks: Ranks = ALONE):
         self.model, self.stage, self.rule, self.folder, self.name, self.ranks = model, stage, rule, folder, name, ranks
         self.model.activation_checkpointing = stage.activation_checkpointing
+        self.paths = paths.take(model, stage, dtype)
         self.flops_per_token = 6.0 * active_parameters(model)
         # Runs a function of the model where its weights are whole.
         self.on_model = partial(_call, model) if ranks.size == 1 else parallel.shard(model, dtype, ranks)
@@ -95,6 +96,8 @@ class Trainer:
         quiet = quiet or not self.ranks.leader
         shown = Progress(self.name, steps, enabled=not quiet)
         with self.metrics, self.saver, Interrupt() as interrupt, shown as progress, self.sinks.open(progress.note):
+            for line in self.paths:
+                progress.note(line)
             step = self._resume(progress)
             while step < steps:
                 self._launch(source, step, steps, interrupt)
