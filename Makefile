@@ -11,10 +11,15 @@ setup: .venv/ready
 	$(BIN)/pip install -q -e ".[test,bench,dev]"
 	touch $@
 
+# llama.cpp, which the tests compare GGUF files with, is built from source (some minutes, once); the demo does without it.
+.venv/llama: .venv/ready
+	$(BIN)/pip install -q -e ".[llama]"
+	touch $@
+
 demo: setup
 	$(BIN)/pascaline run recipes/laptop.toml --out runs/demo
 
-test: setup
+test: setup .venv/llama
 	$(BIN)/python -m pytest
 
 clean:

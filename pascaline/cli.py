@@ -171,14 +171,27 @@ def import_(
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="a model folder, or a run's folder, e.g. runs/demo")],
-    to: Annotated[Path, typer.Option(help="the new folder")],
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16, or fp8 in DeepSeek-V3's layout")] = "auto",
+    to: Annotated[Path | None, typer.Option(help="a new Hugging Face folder, for transformers, vLLM or SGLang")] = None,
+    dtype: Annotated[str, typer.Option(help="of --to: auto (as stored), float32, bfloat16, float16, or fp8 in V3's layout")] = "auto",
+    gguf: Annotated[Path | None, typer.Option("--gguf", help="a GGUF file, for llama.cpp and Ollama")] = None,
+    type: Annotated[str, typer.Option("--type", help="of --gguf's matrices: f32, bf16 or q8_0")] = "bf16",
+    text: Annotated[Path | None, typer.Option(help="to measure what a rounded type costs (default: Python's own library)")] = None,
+    measure: Annotated[bool, typer.Option(help="that cost; it needs the model in memory")] = True,
     as_json: Json = False,
 ) -> None:
-    """Write a model as a Hugging Face folder for transformers, vLLM or SGLang."""
+    """Write a model as a Hugging Face folder (--to) or as one GGUF file, tokenizer and chat template included (--gguf)."""
     from pascaline.model import exchange
 
-    _show_exchange(exchange.export_folder(model, to, dtype, quiet=as_json), as_json)
+    if (to is None) == (gguf is None):
+        raise BadInput("say where to: --to FOLDER for a Hugging Face folder, or --gguf FILE for one file.")
+    if to is not None:
+        _show_exchange(exchange.export_folder(model, to, dtype, quiet=as_json), as_json)
+        return
+    from pascaline.eval import rounding
+
+    assert gguf is not None
+    told = rounding.export(exchange.model_folder(model), gguf, type, text, measure, quiet=as_json)
+    print(json.dumps(told) if as_json else rounding.describe(told))
 
 
 def _show_exchange(told: dict[str, Any], as_json: bool) -> None:

@@ -34,9 +34,13 @@ def import_folder(source: Path, target: Path, dtype: str = "auto", quiet: bool =
 
 def export_folder(source: Path, target: Path, dtype: str = "auto", quiet: bool = False) -> dict[str, Any]:
     """The model at `source`, a run's folder or a model's, as a folder at `target`; as import_folder, and dtype may be fp8."""
+    return _copy("export", model_folder(source), target, _known(dtype, EXPORTED), quiet)
+
+
+def model_folder(source: Path) -> Path:
+    """The model in a run's folder; any other folder is one itself."""
     inner = source / "model"
-    source = inner if (inner / "config.json").exists() and not (source / "config.json").exists() else source
-    return _copy("export", source, target, _known(dtype, EXPORTED), quiet)
+    return inner if (inner / "config.json").exists() and not (source / "config.json").exists() else source
 
 
 def name_of(source: Path) -> str:
