@@ -88,7 +88,7 @@ def _ranks(recipe: Recipe) -> Any:
     """The processes that torchrun started, if it did."""
     from pascaline.train import parallel
 
-    return parallel.start(choose(recipe.device))
+    return parallel.start(choose(recipe.device), recipe.parallel.experts)
 
 
 def _dismiss(recipe: Recipe) -> None:

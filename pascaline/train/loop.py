@@ -294,7 +294,7 @@ class Trainer:
         first rank's host ({} on the others, which all have to ask)."""
         out = dict(self.model.named_buffers()) if self.ranks.leader else {}
         for name, master in self.optimizer.masters.items():
-            whole = parallel.full(parallel.like(master.data, self.optimizer.working[name]))
+            whole = parallel.full(parallel.like(master.data, self.optimizer.wholes[name]))
             if self.ranks.leader:
                 out[name] = whole.cpu()
         return out
