@@ -23,6 +23,7 @@ from pascaline.model.transformer import Model
 from pascaline.runs import atomic_path, write_json
 
 SHARD_BYTES = 5 * 10**9
+BLOCK = 4096  # rows that are compared at a time
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -151,8 +152,8 @@ class Weights:
                 raise BadInput(f"{path} is truncated or not a safetensors file ({e}).") from None
         return self.files[file]
 
-    def take(self, name: str, shape: torch.Size) -> Tensor:
-        """The tensor of that name; BadInput if it is missing, of another shape, or of a dtype that is not a plain float."""
+    def take(self, name: str, shape: torch.Size, rows: slice | None = None) -> Tensor:
+        """The tensor of that name, or rows of it; BadInput if it is missing, of another shape, or of a dtype that is not a plain float."""
         if name not in self.where:
             raise BadInput(f"{self.folder} lacks the tensor {name}.")
         view = self._open(self.where[name]).get_slice(name)
@@ -160,30 +161,55 @@ class Weights:
             raise BadInput(f"{self.folder}: {name} has shape {tuple(view.get_shape())}, the config asks for {tuple(shape)}.")
         if view.get_dtype() not in DTYPES:
             raise BadInput(f"{self.folder}: {name} is {view.get_dtype()}; only {', '.join(DTYPES)} can be loaded.")
-        return self._open(self.where[name]).get_tensor(name)
+        return self._open(self.where[name]).get_tensor(name) if rows is None else view[rows]
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
     """The model of a folder, in eval mode. Everything in the folder is used or refused: a missing, left-over or misshapen
     tensor is BadInput that names it. MTP modules that the config promises but the files lack (transformers drops them) are left out."""
+    config, weights = open_folder(folder)
+    with torch.device("meta"):
+        model = Model(config)
+    check_names(weights, model)
+    model.to_empty(device=device).cast_(dtype)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            for disk_name, part in _parts(config, name, tensor):
+                part.copy_(weights.take(disk_name, part.shape))
+    return model.eval()
+
+
+def open_folder(folder: str | Path) -> tuple[ModelConfig, Weights]:
+    """The config of a folder, and its tensors to be read on demand."""
     folder = Path(folder)
     config, weights = read_config(folder), Weights(folder)
     first_mtp = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(name.startswith(first_mtp) for name in weights.where):
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
-    with torch.device("meta"):
-        model = Model(config)
-    model.to_empty(device=device).cast_(dtype)
-    used: set[str] = set()
+    return config, weights
 
-    def take(name: str, shape: torch.Size) -> Tensor:
-        used.add(name)
-        return weights.take(name, shape)
 
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            for disk_name, part in _parts(config, name, tensor):
-                part.copy_(take(disk_name, part.shape))
+def read_rows(weights: Weights, config: ModelConfig, name: str, shape: torch.Size, rows: slice) -> Tensor:
+    """Rows of the model's tensor `name`, which is of that shape; no others are read. A part on disk is a run of the tensor's memory."""
+    whole = torch.empty(shape, device="meta")
+    out = torch.empty((rows.stop - rows.start, *shape[1:]))
+    begin, flat = rows.start * whole.stride(0), out.view(-1)
+    for disk_name, part in _parts(config, name, whole):
+        width = part.stride(0)
+        first = max(begin - part.storage_offset(), 0) // width
+        stop = min(begin + len(flat) - part.storage_offset(), part.numel()) // width
+        if first < stop:
+            at = part.storage_offset() + first * width - begin
+            flat[at : at + (stop - first) * width] = weights.take(disk_name, part.shape, slice(first, stop)).flatten()
+    return out
+
+
+def check_names(weights: Weights, model: Model) -> None:
+    """BadInput where the model needs a tensor that the folder lacks, or the folder holds one that the model has no place for."""
+    config, folder = model.config, weights.folder
+    used = {disk_name for name, tensor in model.state_dict().items() for disk_name, _ in _parts(config, name, tensor)}
+    if lacking := used - set(weights.where):
+        raise BadInput(f"{folder} lacks the tensor {min(lacking)}.")
     head = "lm_head.weight" if "lm_head.weight" in used else "model.embed_tokens.weight"
     for layer in _mtp_layers(config):
         _check_copy(weights, f"model.layers.{layer}.embed_tokens.weight", "model.embed_tokens.weight", used)
@@ -193,14 +219,15 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.d
     left = sorted(set(weights.where) - used)
     if left:
         raise BadInput(f"{folder} holds {left[0]}{f' and {len(left) - 1} more' if left[1:] else ''}, which the config has no place for.")
-    return model.eval()
 
 
 def _check_copy(weights: Weights, copy: str, own: str, used: set[str]) -> None:
     """A stored duplicate must equal what it duplicates, else one of the two would be silently ignored."""
     if copy not in weights.where:
         return
-    original = weights._open(weights.where[own]).get_tensor(own)
-    if not torch.equal(weights.take(copy, original.shape), original):
-        raise BadInput(f"{weights.folder}: {copy} differs from {own}, of which it must be a copy.")
+    shape = torch.Size(weights._open(weights.where[own]).get_slice(own).get_shape())
+    for first in range(0, shape[0], BLOCK):
+        rows = slice(first, min(first + BLOCK, shape[0]))
+        if not torch.equal(weights.take(copy, shape, rows), weights.take(own, shape, rows)):
+            raise BadInput(f"{weights.folder}: {copy} differs from {own}, of which it must be a copy.")
     used.add(copy)

@@ -25,6 +25,7 @@ from pascaline.model.moe import Experts, Router
 from pascaline.model.transformer import Model
 from pascaline.train.exchange import Exchange
 
+Rows = Callable[[str, torch.Size, slice], Tensor]  # of a tensor by its name and whole shape; asked in the order of a model's tensors
 PATIENCE = timedelta(days=30)  # ranks wait for stages that one of them does alone; torchrun ends them all if one dies
 
 
@@ -125,9 +126,11 @@ class _Whole(nn.Module):
         return work(self.model, *arguments)
 
 
-def shard(model: Model, dtype: torch.dtype, ranks: Ranks) -> Callable[..., Any]:
+def shard(model: Model, dtype: torch.dtype, ranks: Ranks, first: Rows | None = None) -> Callable[..., Any]:
     """Cut the float32 `model` into the ranks' shares, in place. Returns what runs `work(model, *arguments)` with the weights put
-    together in `dtype`; gradients are added up over the ranks in float32. Every rank must run the same work as often."""
+    together in `dtype`; gradients are added up over the ranks in float32. Every rank must run the same work as often.
+
+    first: of a model without memory (device "meta"), what gives the rows of each tensor that a rank holds (train/weights.py)."""
 
     def cut(module: nn.Module, compute: torch.dtype, mesh: DeviceMesh | None = ranks.mesh) -> Any:
         policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -145,6 +148,8 @@ def shard(model: Model, dtype: torch.dtype, ranks: Ranks) -> Callable[..., Any]:
         if isinstance(module, FSDPModule):  # losses are shares of the whole step's: their gradients add up, they have no mean
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if first is not None:
+        _fill(whole, ranks, first)
 
     def run(work: Callable[..., Any], *arguments: Any) -> Any:
         found = whole(work, *arguments)
@@ -153,6 +158,16 @@ def shard(model: Model, dtype: torch.dtype, ranks: Ranks) -> Callable[..., Any]:
         return found
 
     return run
+
+
+@torch.no_grad()
+def _fill(whole: _Whole, ranks: Ranks, first: Rows) -> None:
+    """Give the shares memory, and their rows of each tensor."""
+    assert ranks.mesh is not None
+    whole.to_empty(device=ranks.mesh.device_type)
+    shares = {**whole.model.state_dict(), **cuts(whole.model, ranks)}  # in the first one's order
+    for name, share in shares.items():
+        local(share).copy_(first(name, share.shape, rows(share)))
 
 
 def _share_out(experts: Experts, ranks: Ranks) -> Experts:
