@@ -104,6 +104,13 @@ def test_killed_ranks_end_with_the_same_bits(tmp_path: Path) -> None:
     assert weights(folder) == weights(tmp_path / "straight") and rows(folder) == rows(tmp_path / "straight")
 
 
+def test_all_ranks_leave_out_a_poisoned_step(tmp_path: Path) -> None:
+    """The documents of the step are looked at without gradients, by all ranks together."""
+    assert together(2, tmp_path, "poisoned", experts=2) == ["", ""]
+    assert [row["step"] for row in rows(tmp_path) if "guard" in row] == [120]
+    assert (tmp_path / "quarantine.jsonl").read_text().count("\n") == 1
+
+
 def layer(ranks: parallel.Ranks, **shape: Any) -> tuple[MoE, MoE]:
     """An expert layer whole, and one whose experts two ranks share out."""
     whole, cut = (model(**shape).model.layers[1].mlp for _ in range(2))
