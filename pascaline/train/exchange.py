@@ -33,9 +33,10 @@ class Exchange:
         weight_sK = torch.where(held_sK, weight_nK.index_select(0, token_s), 0.0)
         x_mD = self._move(x_nD.index_select(0, token_s), sent, got)
         weight_mK, index_mK = self._move(torch.cat((weight_sK, index_sK.float()), 1), sent, got).chunk(2, 1)  # exact up to 2^24
-        mine_mK = index_mK >= 0
-        row_p = mine_mK.nonzero(as_tuple=True)[0]
-        y_pD = here(x_mD.index_select(0, row_p), weight_mK[mine_mK].unsqueeze(1), index_mK[mine_mK].long().unsqueeze(1))
+        pair_p = (index_mK.flatten() >= 0).nonzero().squeeze(1)
+        row_p = pair_p // index_nK.shape[1]
+        weight_p1, index_p1 = (each.flatten().index_select(0, pair_p).unsqueeze(1) for each in (weight_mK, index_mK))
+        y_pD = here(x_mD.index_select(0, row_p), weight_p1, index_p1.long())
         y_sD = self._move(torch.zeros_like(x_mD).index_add(0, row_p, y_pD), got, sent)
         return torch.zeros_like(x_nD).index_add(0, token_s, y_sD)
 

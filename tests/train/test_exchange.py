@@ -54,6 +54,8 @@ def test_four_ranks_two_by_two(tmp_path: Path) -> None:
     assert together(4, tmp_path / "four", experts=2, micro=1, **settings) == [""] * 4
     agree(tmp_path / "one", tmp_path / "four")
     assert samples(tmp_path / "one") == samples(tmp_path / "four")
+    held = [len(part["master.model.layers.1.mlp.experts.down_proj"]) for part in shares(tmp_path / "four", 15)]
+    assert held == [2, 2, 1, 1]  # neighbours share out the six; the two that have the same three cut them once more
     for name, whole in checkpoint_of(tmp_path / "one", 15).items():  # each rank wrote its rows, and none wrote another's
         parts = [part[name] for part in shares(tmp_path / "four", 15) if name in part]
         assert sum(len(part) if part.dim() else 1 for part in parts) == (len(whole) if whole.dim() else 1), name
