@@ -91,11 +91,11 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
         # Where several ranks share out the experts, and this one holds a few: takes (here, x, weight, index) to those who have them.
-        self.exchange: Callable[..., Tensor] | None = None
+        self.dispatch: Callable[..., Tensor] | None = None
 
     def forward(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """Sum of the chosen experts' outputs, weighted; [n, D]."""
-        return self.exchange(self.here, x_nD, weight_nK, index_nK) if self.exchange else self.here(x_nD, weight_nK, index_nK)
+        return self.dispatch(self.here, x_nD, weight_nK, index_nK) if self.dispatch else self.here(x_nD, weight_nK, index_nK)
 
     def here(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """The same, of experts that are all held here. Every path computes the same sum (parity: tests)."""

@@ -35,12 +35,12 @@ from pascaline.recipe import Extend, Pretrain, Recipe, Sft, Stage
 from pascaline.runs import atomic_path, lineage, write_atomic
 from pascaline.stopping import Interrupt
 from pascaline.tokenizer import Tokenizer
+from pascaline.train.initial import drawn, stored
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
 from pascaline.train.parallel import ALONE, Ranks, Rows
 from pascaline.train.schedule import ramp
 from pascaline.train.sinks import Sinks
-from pascaline.train.weights import drawn, stored
 
 TOGETHER = ("pretrain", "extend", "sft")  # stages that all ranks work at; the leader does the others alone
 TOKENIZER_BYTES = 8_000_000  # of text to learn merges from; more changes little

@@ -64,7 +64,7 @@ class Trainer:
     """Trains `model` for `steps` optimizer steps in `folder`; the finished weights go to folder/model in float32.
 
     On several `ranks` each has a trainer with the same model, and a source that gives its share of each step's batches; that model may
-    be without memory, and is filled with the rows of `first` then (train/weights.py).
+    be without memory, and is filled with the rows of `first` then (train/initial.py).
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Several processes that train one model together (torchrun), or this one alone: FSDP2 and expert parallelism on torch.distributed.
 
 Each rank holds a share of the rows of every weight, gradient and moment; a layer's weights are put together while it computes, but its
-experts only among the ranks that hold the same ones: tokens go to the others (train/exchange.py). Ranks differ in the rows of a batch
+experts only among the ranks that hold the same ones: tokens go to the others (train/dispatch.py). Ranks differ in the rows of a batch
 that they see and in nothing else: losses, norms, loads and decisions are those of all of them.
 """
 
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from pascaline.device import place
 from pascaline.model.moe import Experts, Router
 from pascaline.model.transformer import Model
-from pascaline.train.exchange import Exchange
+from pascaline.train.dispatch import Dispatch
 
 Rows = Callable[[str, torch.Size, slice], Tensor]  # of a tensor by its name and whole shape; asked in the order of a model's tensors
 PATIENCE = timedelta(days=30)  # ranks wait for stages that one of them does alone; torchrun ends them all if one dies
@@ -130,7 +130,7 @@ def shard(model: Model, dtype: torch.dtype, ranks: Ranks, first: Rows | None = N
     """Cut the float32 `model` into the ranks' shares, in place. Returns what runs `work(model, *arguments)` with the weights put
     together in `dtype`; gradients are added up over the ranks in float32. Every rank must run the same work as often.
 
-    first: of a model without memory (device "meta"), what gives the rows of each tensor that a rank holds (train/weights.py)."""
+    first: of a model without memory (device "meta"), what gives the rows of each tensor that a rank holds (train/initial.py)."""
 
     def cut(module: nn.Module, compute: torch.dtype, mesh: DeviceMesh | None = ranks.mesh) -> Any:
         policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -177,7 +177,7 @@ def _share_out(experts: Experts, ranks: Ranks) -> Experts:
     first = mesh.get_local_rank("experts") * each
     for name, parameter in list(experts.named_parameters()):
         setattr(experts, name, nn.Parameter(parameter.detach()[first : first + each].clone()))
-    experts.exchange = Exchange(mesh.get_group("experts"), each)
+    experts.dispatch = Dispatch(mesh.get_group("experts"), each)
     return experts
 
 

@@ -17,9 +17,9 @@ from pascaline.model import hf
 from pascaline.model.config import ModelConfig
 from pascaline.model.transformer import Model
 from pascaline.train import parallel
+from pascaline.train.initial import drawn, stored
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
-from pascaline.train.weights import drawn, stored
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mtp, low-rank queries": dict(q_lora_rank=6),

@@ -24,7 +24,7 @@ def drawn(config: ModelConfig, seed: int, device: torch.device, ranks: Ranks) ->
     return _empty(config), rows
 
 
-def stored(folder: Path, device: torch.device, ranks: Ranks) -> tuple[Model, Rows | None]:
+def stored(folder: str | Path, device: torch.device, ranks: Ranks) -> tuple[Model, Rows | None]:
     """The model of a folder, as `hf.load` gives it; on several ranks one without memory, and what to fill the shares with."""
     if ranks.size == 1:
         return hf.load(folder, device=device), None

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Exchange:
+class Dispatch:
     """For a layer whose experts are dealt out in order, `each` to every rank of `group`. All its ranks must call as often.
 
     A token goes once to each rank that holds any of its experts, and one row, the sum over them, comes back. Where the groups of
