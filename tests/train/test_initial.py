@@ -25,6 +25,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mtp, low-rank queries": dict(q_lora_rank=6),
     "tied, uneven": dict(num_nextn_predict_layers=0, tie_word_embeddings=True, n_routed_experts=6, n_group=2),
 }
+QWEN = dict(model_type="qwen2", vocab_size=19, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=24)  # fmt: skip
 MESHES = [(2, 1), (2, 2), (4, 2)]
 LARGE = dict(SHAPE, vocab_size=4000, hidden_size=512, num_hidden_layers=12, intermediate_size=1536, moe_intermediate_size=256,
              num_nextn_predict_layers=0)  # fmt: skip
@@ -37,7 +39,7 @@ def begun(ranks: parallel.Ranks, config: ModelConfig, folder: Path, source: str)
 
 
 def same_bits(ranks: parallel.Ranks, folder: Path, shape: dict[str, Any], source: str) -> None:
-    config = ModelConfig(**{**SHAPE, **shape})
+    config = ModelConfig(**shape)
     whole = dict(Model(config).init_(7).state_dict()) if source == "drawn" else dict(hf.load(folder / "start").state_dict())
     found = dict(begun(ranks, config, folder, source).tensors())
     assert whole.keys() == found.keys()
@@ -50,12 +52,25 @@ def same_bits(ranks: parallel.Ranks, folder: Path, shape: dict[str, Any], source
 def test_any_ranks_begin_with_the_bits_of_one(size: int, experts: int, shape: str, tmp_path: Path) -> None:
     """Drawn from a seed; and read from a folder, whose router biases are no zeros."""
     (tmp_path / "run").mkdir()
-    model = Model(ModelConfig(**{**SHAPE, **SHAPES[shape]})).init_(3)
+    asked = {**SHAPE, **SHAPES[shape]}
+    model = Model(ModelConfig(**asked)).init_(3)
     for router in model.routers():
         router.e_score_correction_bias.copy_(torch.arange(len(router.weight)))
     model.save(tmp_path / "start")
     for source in ("drawn", "stored"):
-        assert together(size, tmp_path, same_bits, experts=experts, shape=SHAPES[shape], source=source) == [""] * size
+        assert together(size, tmp_path, same_bits, experts=experts, shape=asked, source=source) == [""] * size
+
+
+def test_a_dense_model_with_biases_too(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    model = Model(ModelConfig(**QWEN)).init_(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save(tmp_path / "start")
+    for source in ("drawn", "stored"):
+        assert together(2, tmp_path, same_bits, shape=QWEN, source=source) == ["", ""]
 
 
 def test_any_rows_of_any_tensor(tmp_path: Path) -> None:
