@@ -22,6 +22,7 @@ class Dispatch:
     def __init__(self, group: Any, each: int):
         self.group, self.size, self.each = group, dist.get_world_size(group), each
 
+    @torch.compiler.disable  # other sizes each time, and the host must know them
     def __call__(self, here: Callable[..., Tensor], x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """The weighted sum of each token's experts, [n, D]. here: computes it for experts of this rank, by their number on it."""
         rank_nK = index_nK // self.each

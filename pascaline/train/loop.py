@@ -80,7 +80,7 @@ class Trainer:
     ):
         self.model, self.stage, self.rule, self.folder, self.name, self.ranks = model, stage, rule, folder, name, ranks
         self.model.activation_checkpointing = stage.activation_checkpointing
-        self.paths = paths.take(model, stage, dtype)
+        self.paths = paths.take(model, stage, dtype, ranks.device)
         self.flops_per_token = 6.0 * active_parameters(model)
         # Runs a function of the model where its weights are whole.
         self.on_model = partial(_call, model) if ranks.size == 1 else parallel.shard(model, dtype, ranks, first)

@@ -45,6 +45,11 @@ class Ranks:
         """Whether this rank writes the files and speaks to the user."""
         return self.rank == 0
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where this rank computes; None: wherever the model is, for it is alone."""
+        return torch.device(self.mesh.device_type) if self.mesh is not None else None
+
     def __str__(self) -> str:
         """The mesh in words."""
         each = self.size // self.experts
@@ -163,8 +168,7 @@ def shard(model: Model, dtype: torch.dtype, ranks: Ranks, first: Rows | None = N
 @torch.no_grad()
 def _fill(whole: _Whole, ranks: Ranks, first: Rows) -> None:
     """Give the shares memory, and their rows of each tensor."""
-    assert ranks.mesh is not None
-    whole.to_empty(device=ranks.mesh.device_type)
+    whole.to_empty(device=ranks.device)
     shares = {**whole.model.state_dict(), **cuts(whole.model, ranks)}  # in the first one's order
     for name, share in shares.items():
         local(share).copy_(first(name, share.shape, rows(share)))

@@ -1,6 +1,7 @@
 """Ranks that share out the experts against one process and against ranks that share out the data only."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_ranks import alone, curve, launch, samples, together
+from test_ranks import alone, curve, launch, samples, together, train
 from trainee import loader, model, rows, trainer, weights
 
 from pascaline.model.moe import MoE
@@ -104,6 +105,18 @@ def test_killed_ranks_end_with_the_same_bits(tmp_path: Path) -> None:
         assert not (folder / "model").exists() and checkpoint.steps(folder)
     assert together(2, folder, seed=9, **settings) == ["", ""]
     assert weights(folder) == weights(tmp_path / "straight") and rows(folder) == rows(tmp_path / "straight")
+
+
+def compiled(ranks: parallel.Ranks, folder: Path, **settings: Any) -> None:
+    torch.compile = partial(torch.compile, backend="aot_eager")  # traced, but not made into kernels, which takes a while
+    train(ranks, folder, compile=True, **settings)
+
+
+def test_compiled_layers_learn_the_same(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"eps": 1e-3, "steps": 5, "activation_checkpointing": True}
+    alone(tmp_path / "one", **settings)
+    assert together(2, tmp_path / "two", compiled, experts=2, **settings) == ["", ""]
+    agree(tmp_path / "one", tmp_path / "two")
 
 
 def test_all_ranks_leave_out_a_poisoned_step(tmp_path: Path) -> None:
