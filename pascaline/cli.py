@@ -155,6 +155,37 @@ def doctor(as_json: Json = False) -> None:
         print(f"{name:12} {inner}")
 
 
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="a Hugging Face folder, e.g. a snapshot that the hub's client has downloaded")],
+    to: Annotated[Path | None, typer.Option(help="the new folder (default: models/NAME-OF-FOLDER)")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored; fp8 becomes bfloat16), float32, bfloat16 or float16")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Take in open weights: check every tensor, dequantise fp8, and write a model folder that every verb takes."""
+    from pascaline.model import exchange
+
+    _show_exchange(exchange.import_folder(folder, to or Path("models") / exchange.name_of(folder), dtype, quiet=as_json), as_json)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="a model folder, or a run's folder, e.g. runs/demo")],
+    to: Annotated[Path, typer.Option(help="the new folder")],
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16, or fp8 in DeepSeek-V3's layout")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a model as a Hugging Face folder for transformers, vLLM or SGLang."""
+    from pascaline.model import exchange
+
+    _show_exchange(exchange.export_folder(model, to, dtype, quiet=as_json), as_json)
+
+
+def _show_exchange(told: dict[str, Any], as_json: bool) -> None:
+    said = "{folder}: {tensors} tensors, {bytes:,} bytes in {files} files, {dtype}".format(**told)
+    print(json.dumps(told) if as_json else said)
+
+
 @data.command("build")
 def data_build(
     recipe: Annotated[Path, typer.Argument(help="a recipe file; its corpus, puzzles and tokenizer tables count")],
@@ -189,7 +220,8 @@ def data_trace(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
-    context: typer.Context, name: Annotated[str, typer.Argument(help="train, decode, data, demo, head, mla, moe, muon, ranks or stability")]
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="train, decode, data, demo, exchange, head, mla, moe, muon, ranks or stability")],
 ) -> None:
     """Measure against a peer in one run (scripts in bench/ of the repository). Options follow the name: --json, ..."""
     from pascaline.errors import nearest

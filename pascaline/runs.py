@@ -49,6 +49,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`with atomic_folder(p) as temporary:` fill the folder `temporary`; on leaving it is renamed to `path`, which is whole or absent,
+    whatever happens. BadInput at once if `path` is there and not an empty folder; OSError as in `atomic_path`."""
+    path = Path(os.path.abspath(path))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise BadInput(f"{path} exists already; name a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        sync_folder(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write `data` (str as UTF-8) to `path` through `atomic_path`."""
     with atomic_path(path) as temporary:

@@ -52,7 +52,18 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["run", "--help"], ["chat", "-h"], ["report", "--help"], ["bench", "--help"], ["data", "build", "-h"]]
+    "arguments",
+    [
+        [],
+        ["--help"],
+        ["run", "--help"],
+        ["chat", "-h"],
+        ["report", "--help"],
+        ["bench", "--help"],
+        ["data", "build", "-h"],
+        ["import", "-h"],
+        ["export", "-h"],
+    ],
 )
 def test_help_answers_without_torch(arguments: list[str]) -> None:
     code = (

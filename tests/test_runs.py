@@ -86,6 +86,25 @@ def test_a_write_that_fails_halfway_leaves_no_half_file(tmp_path: Path) -> None:
     assert [row["step"] for row in Metrics.read(tmp_path / "m.jsonl")] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_is_whole_or_absent(tmp_path: Path, there: bool) -> None:
+    target = tmp_path / "deep" / "x"
+    if there:
+        target.mkdir(parents=True)
+    with pytest.raises(RuntimeError), runs.atomic_folder(target) as temporary:
+        (temporary / "half").write_text("half")
+        raise RuntimeError
+    assert names(target.parent) == ({"x"} if there else set())
+    with runs.atomic_folder(target) as temporary:
+        (temporary / "a").write_text("whole")
+        assert not there or not names(target)
+    assert names(target.parent) == {"x"} and names(target) == {"a"}
+    for taken in (target, target / "a"):
+        with pytest.raises(BadInput, match="exists already"), runs.atomic_folder(taken):
+            pass
+    assert names(target.parent) == {"x"} and names(target) == {"a"}
+
+
 def test_json_form(tmp_path: Path) -> None:
     facts = {
         "z": float("nan"),

@@ -38,6 +38,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
+# quantization_config of V3's folders: fp8 in blocks (pascaline.model.fp8).
+FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
 class Rope(BaseModel):
     """Rotary position scaling: `default`, `yarn` (arXiv 2309.00071) or `llama3` (Llama 3.1, arXiv 2407.21783 section 3.4.1)."""
 
@@ -251,6 +255,11 @@ class ModelConfig(BaseModel):
     def from_hf(cls, raw: dict[str, Any], where: str = "config.json") -> "ModelConfig":
         """Read config.json. A field that would change the model and is not honoured here is refused by name (BadInput)."""
         name = raw.get("model_type", "deepseek_v3")
+        if name == "kimi_k2":  # V3's architecture; the name is for servers to choose a parser of its tool calls by
+            name = "deepseek_v3"
+            raw = {**raw, "model_type": name}
+        if raw.get("num_nextn_predict_layers", 0) is None:
+            raw = {**raw, "num_nextn_predict_layers": 0}
         if name not in FAMILIES:
             raise BadInput(f"{where}: model_type = {name!r} is not supported, only {', '.join(FAMILIES)} are.")
         family = FAMILIES[name]
@@ -263,8 +272,7 @@ class ModelConfig(BaseModel):
         heads = raw.get("num_attention_heads")
         if name == "deepseek_v3" and raw.get("num_key_value_heads") not in (None, heads):
             raise BadInput(f"{where}: num_key_value_heads must equal num_attention_heads ({heads}) under latent attention.")
-        if raw.get("quantization_config"):
-            raise BadInput(f"{where}: quantization_config is not supported; dequantise the checkpoint first.")
+        _check_quantisation(raw.get("quantization_config"), where)
         foreign = _unknown_to(name)
         fields = {k: v for k, v in raw.items() if k in cls.model_fields and k not in foreign}
         read = {*fields, *family.fixed, "rope_theta", "rope_scaling", "rope_parameters", "quantization_config"}
@@ -303,6 +311,13 @@ _SHAPE = set(ModelConfig.model_fields) - {
     "model_type", "rope", "rms_norm_eps", "initializer_range", "tie_word_embeddings", "num_nextn_predict_layers",
     "bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias",
 }  # fmt: skip
+
+
+def _check_quantisation(told: Any, where: str) -> None:
+    """Weights in V3's fp8 are dequantised when they are read; what is said of activations is for those who compute in fp8."""
+    asked = ("quant_method", "fmt", "weight_block_size")
+    if told and (not isinstance(told, dict) or any(told.get(key) != FP8_CONFIG[key] for key in asked)):
+        raise BadInput(f"{where}: this quantization_config is not supported, only V3's fp8 is: { ({k: FP8_CONFIG[k] for k in asked}) }.")
 
 
 def _unknown_to(model_type: str) -> set[str]:

@@ -32,7 +32,7 @@ def dequantise_blocks(q_AB: Tensor, scale_inv: Tensor, dtype: torch.dtype = torc
     """float8_e4m3fn [A, B] and scale_inv [ceil(A / 128), ceil(B / 128)] -> their product in `dtype`, taken in float32."""
     out_AB = torch.empty(q_AB.shape, dtype=dtype, device=q_AB.device)
     for q_RB, scale_C, out_RB in zip(q_AB.split(BLOCK), scale_inv.float(), out_AB.split(BLOCK), strict=True):
-        out_RB.copy_(q_RB.float().mul_(_spread(scale_C, q_AB.shape[1])))
+        out_RB.copy_(to_float(q_RB).mul_(_spread(scale_C, q_AB.shape[1])))
     return out_AB
 
 
@@ -45,7 +45,20 @@ def quantise_rows(x: Tensor, round_scales: bool = False) -> tuple[Tensor, Tensor
 
 def dequantise_rows(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """float8_e4m3fn [..., D] and scale_inv [..., ceil(D / 128)] -> their product in `dtype`, taken in float32."""
-    return (q.float() * _spread(scale_inv, q.shape[-1])).to(dtype)
+    return to_float(q).mul_(_spread(scale_inv, q.shape[-1])).to(dtype)
+
+
+def to_float(q: Tensor) -> Tensor:
+    """What q.float() gives; on the CPU, where that takes a value at a time, 10 to 50 times as fast (`bench exchange` lives on it).
+
+    Sign, exponent and mantissa of e4m3 are moved to where float16 has them, whose exponent counts from 15 and not from 7: 2^8 too small."""
+    if q.device.type != "cpu":
+        return q.float()
+    moved = q.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)  # the sign fills bits 14 and 15
+    x = moved.view(torch.float16).float().mul_(256)
+    if x.numel() and x.abs().amax() > MAX:  # NaN, the pattern above 448
+        x[x.abs() > MAX] = torch.nan
+    return x
 
 
 def scale_shape(shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:

@@ -7,75 +7,89 @@ translation there is.
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pascaline.errors import BadInput
-from pascaline.model.config import ModelConfig
+from pascaline.model.config import FP8_CONFIG, ModelConfig
+from pascaline.model.fp8 import scale_shape
 from pascaline.model.transformer import Model
-from pascaline.runs import atomic_path, write_json
+from pascaline.model.weights import FP8, SCALE, Slot, Weights, Writer, read_object, said, writing
 
 SHARD_BYTES = 5 * 10**9
-BLOCK = 4096  # rows that are compared at a time
-INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+# What V3 stores in fp8; embedding, head, norms, routers and eh_proj it does not.
+_IN_FP8 = re.compile(r".*\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
+_DERIVED = ".self_attn.rotary_emb.inv_freq"  # some folders keep these; they follow from the config
 
 
-def save(folder: str | Path, config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Write `tensors` (names of Model.state_dict) as a folder that transformers loads. Matrices are stored in `dtype`; router
-    biases always in float32. A full disk (OSError) leaves an older model as it was; config.json comes last, so a folder with a
-    config is whole."""
-    folder = Path(folder)
-    disk = dict(_to_disk(config, tensors, dtype))
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name in sorted(disk):
-        if size + disk[name].nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = disk[name]
-        size += disk[name].nbytes
-    one = len(shards) == 1
-    files = ["model.safetensors"] if one else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    with ExitStack() as renames:
-        for file, shard in zip(files, shards, strict=True):
-            save_file(shard, renames.enter_context(atomic_path(folder / file)), metadata={"format": "pt"})
-        (folder / "config.json").unlink(missing_ok=True)
-    for old in folder.iterdir():  # an older index or file would be read in place of the new ones
-        if _WEIGHTS.fullmatch(old.name) and old.name not in files:
-            old.unlink()
-    if not one:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(t.nbytes for t in disk.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def save(
+    folder: str | Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int | None = None
+) -> None:
+    """Write a folder that transformers loads. tensors: (name, tensor) of Model.state_dict, taken one at a time in any order, on any device.
+    Matrices are stored in `dtype`, router biases always in float32; float8_e4m3fn is V3's layout, the rest of it in bfloat16. A full disk
+    (OSError) leaves an older model as it was; config.json comes last, so a folder with a config is whole."""
+    slots = plan(config, dtype)
+    with writing(Path(folder), slots, texts(config, dtype), shard_bytes or SHARD_BYTES) as writer:
+        for name, tensor in tensors:
+            put(writer, config, name, tensor)
+            del tensor  # before the next is fetched
+
+
+def put(writer: Writer, config: ModelConfig, name: str, tensor: Tensor) -> None:
+    """Write a tensor of Model.state_dict wherever it, or a copy of it, stands on disk."""
+    copied = copies(config)
+    for disk_name, part in _parts(config, name, tensor):
+        for place in (disk_name, *(copy for copy, own in copied.items() if own == disk_name)):
+            writer.write(place, part)
+
+
+def texts(config: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
+    """config.json and generation_config.json."""
+    fp8 = dtype == torch.float8_e4m3fn
+    told = config.to_hf("bfloat16" if fp8 else str(dtype).removeprefix("torch."))
+    if fp8:
+        told["quantization_config"] = FP8_CONFIG
     special = {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(folder / "generation_config.json", {**special, "do_sample": True, "temperature": 0.6, "top_p": 0.95})
-    write_json(folder / "config.json", config.to_hf(str(dtype).removeprefix("torch.")))
+    generation = {**special, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    return {name: json.dumps(value, indent=1) + "\n" for name, value in (("generation_config.json", generation), ("config.json", told))}
 
 
-def _to_disk(config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a folder, in the order of Model.state_dict; the copies of V3's MTP modules come last."""
+    with torch.device("meta"):
+        state = Model(config).state_dict()
+    own = {name: tuple(part.shape) for whole, tensor in state.items() for name, part in _parts(config, whole, tensor)}
+    return own | {copy: own[original] for copy, original in copies(config).items()}
 
-    for name, tensor in tensors.items():
-        if name.endswith("e_score_correction_bias"):
-            yield name, tensor.detach().to("cpu", torch.float32).clone()
-        else:
-            for disk_name, part in _parts(config, name, tensor):
-                yield disk_name, copy(part)
-    embedding = tensors["model.embed_tokens.weight"]
-    for layer in _mtp_layers(config):
-        yield f"model.layers.{layer}.embed_tokens.weight", copy(embedding)
-        yield f"model.layers.{layer}.shared_head.head.weight", copy(tensors.get("lm_head.weight", embedding))
+
+def plan(config: ModelConfig, dtype: torch.dtype) -> dict[str, Slot]:
+    """`layout` with what each is stored as."""
+    slots: dict[str, Slot] = {}
+    for name, shape in layout(config).items():
+        slots[name] = Slot(_stored(name, dtype), shape)
+        if slots[name].dtype == torch.float8_e4m3fn:
+            slots[name + SCALE] = Slot(torch.float32, scale_shape(shape))
+    return slots
+
+
+def _stored(name: str, dtype: torch.dtype) -> torch.dtype:
+    if name.endswith("e_score_correction_bias"):
+        return torch.float32
+    return torch.bfloat16 if dtype == torch.float8_e4m3fn and not _IN_FP8.fullmatch(name) else dtype
+
+
+def copies(config: ModelConfig) -> dict[str, str]:
+    """Tensors that V3 stores with each MTP module: {name of the copy: what it is a copy of}."""
+    own = {"embed_tokens": "model.embed_tokens.weight", "shared_head.head": "lm_head.weight"}
+    if config.tie_word_embeddings:
+        own["shared_head.head"] = own["embed_tokens"]
+    depth = config.num_hidden_layers
+    layers = range(depth, depth + config.num_nextn_predict_layers)
+    return {f"model.layers.{layer}.{copy}.weight": original for layer in layers for copy, original in own.items()}
 
 
 def _parts(config: ModelConfig, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
@@ -99,94 +113,68 @@ def _parts(config: ModelConfig, name: str, tensor: Tensor) -> list[tuple[str, Te
     return [(f"{place}.{own}.{end}", part) for own, part in zip(names, parts, strict=True)]
 
 
-def _mtp_layers(config: ModelConfig) -> range:
-    return range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
-
-
 def read_config(folder: str | Path) -> ModelConfig:
     """ModelConfig of a folder. A missing or unreadable config.json is BadInput."""
-    return ModelConfig.from_hf(_read_json(Path(folder) / "config.json"), str(Path(folder) / "config.json"))
+    return ModelConfig.from_hf(read_object(Path(folder) / "config.json"), str(Path(folder) / "config.json"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def opened(folder: str | Path) -> tuple[ModelConfig, Weights]:
+    """Config and weights of a folder, which fit each other: everything there has a place and a sound header. A missing, left-over or
+    misshapen tensor, or one of a dtype that cannot be loaded, is BadInput that names it. MTP modules that the config promises but the
+    files lack (transformers drops them) are left out."""
+    folder = Path(folder)
+    config, weights = read_config(folder), Weights(folder)
+    if config.num_nextn_predict_layers and not any(n.startswith(f"model.layers.{config.num_hidden_layers}.") for n in weights.entries):
+        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    expected, spare = _expected(config, weights), copies(config)
+    if config.tie_word_embeddings:
+        spare["lm_head.weight"] = "model.embed_tokens.weight"
+    for name, shape in expected.items():
+        if name in weights.entries or name not in spare:
+            weights.check(name, shape)
+    scales = {name + SCALE for name in expected if name in weights.entries and weights.entries[name].dtype == FP8}
+    left = sorted(n for n in weights.entries if n not in expected and n not in spare and n not in scales and not n.endswith(_DERIVED))
+    if left:
+        raise BadInput(
+            f"{folder} holds {said(left[0])}{f' and {len(left) - 1} more' if left[1:] else ''}, which the config has no place for."
+        )
+    for name, original in spare.items():
+        if name in weights.entries:
+            weights.check(name, expected[original])
+            _check_copy(weights, name, original)
+    return config, weights
+
+
+def _expected(config: ModelConfig, weights: Weights) -> dict[str, tuple[int, ...]]:
+    """`layout`, unless a config from an enemy asks for a model that would take this machine's memory to think of."""
+    depth = config.num_hidden_layers + config.num_nextn_predict_layers
+    least = depth + (depth - config.first_k_dense_replace) * config.n_routed_experts
+    if least > len(weights.entries):
+        raise BadInput(f"{weights.folder} holds {len(weights.entries)} tensors, and by its config there are more than {least}.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path.parent} is not a model folder: it has no {path.name}.") from None
-    except OSError as e:
-        raise BadInput(f"{path} cannot be read ({e.strerror}).") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path} is not valid JSON ({e}).") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path} must hold a JSON object.")
-    return value
+        return layout(config)
+    except (RuntimeError, OverflowError, TypeError):
+        raise BadInput(f"{weights.folder / 'config.json'} asks for matrices that no machine holds.") from None
 
 
-class Weights:
-    """The tensors of a folder by name, read on demand from model.safetensors or from the shards its index names."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index = folder / INDEX
-        self.files: dict[str, Any] = {}
-        if index.exists():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(f, str) and f == Path(f).name for f in weight_map.values()):
-                raise BadInput(f"{index}: weight_map must map tensor names to file names in the same folder.")
-            self.where: dict[str, str] = weight_map
-            for file in sorted(set(weight_map.values())):
-                missing = {n for n, f in weight_map.items() if f == file} - set(self._open(file).keys())
-                if missing:
-                    raise BadInput(f"{folder / file} lacks {min(missing)}, which the index promises.")
-        else:
-            self.where = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
-
-    def _open(self, file: str) -> Any:
-        if file not in self.files:
-            path = self.folder / file
-            if not path.is_file():
-                raise BadInput(f"{self.folder} has no {file}.")
-            try:
-                self.files[file] = safe_open(path, "pt")
-            except (SafetensorError, OSError) as e:
-                raise BadInput(f"{path} is truncated or not a safetensors file ({e}).") from None
-        return self.files[file]
-
-    def take(self, name: str, shape: torch.Size, rows: slice | None = None) -> Tensor:
-        """The tensor of that name, or rows of it; BadInput if it is missing, of another shape, or of a dtype that is not a plain float."""
-        if name not in self.where:
-            raise BadInput(f"{self.folder} lacks the tensor {name}.")
-        view = self._open(self.where[name]).get_slice(name)
-        if tuple(view.get_shape()) != tuple(shape):
-            raise BadInput(f"{self.folder}: {name} has shape {tuple(view.get_shape())}, the config asks for {tuple(shape)}.")
-        if view.get_dtype() not in DTYPES:
-            raise BadInput(f"{self.folder}: {name} is {view.get_dtype()}; only {', '.join(DTYPES)} can be loaded.")
-        return self._open(self.where[name]).get_tensor(name) if rows is None else view[rows]
+def _check_copy(weights: Weights, copy: str, own: str) -> None:
+    """A stored duplicate must equal what it duplicates, else one of the two would be silently ignored."""
+    pairs = zip(weights.take(copy).split(1024), weights.take(own).split(1024), strict=True)
+    if not all(torch.equal(one.float(), other.float()) for one, other in pairs):
+        raise BadInput(f"{weights.folder}: {copy} differs from {own}, of which it must be a copy.")
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
-    """The model of a folder, in eval mode. Everything in the folder is used or refused: a missing, left-over or misshapen
-    tensor is BadInput that names it. MTP modules that the config promises but the files lack (transformers drops them) are left out."""
-    config, weights = open_folder(folder)
+    """The model of a folder, in eval mode; fp8 comes dequantised. Everything in the folder is used or refused, see `opened`."""
+    config, weights = opened(folder)
     with torch.device("meta"):
         model = Model(config)
-    check_names(weights, model)
     model.to_empty(device=device).cast_(dtype)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             for disk_name, part in _parts(config, name, tensor):
-                part.copy_(weights.take(disk_name, part.shape))
+                part.copy_(weights.take(disk_name, part.dtype))
     return model.eval()
-
-
-def open_folder(folder: str | Path) -> tuple[ModelConfig, Weights]:
-    """The config of a folder, and its tensors to be read on demand."""
-    folder = Path(folder)
-    config, weights = read_config(folder), Weights(folder)
-    first_mtp = f"model.layers.{config.num_hidden_layers}."
-    if config.num_nextn_predict_layers and not any(name.startswith(first_mtp) for name in weights.where):
-        config = config.model_copy(update={"num_nextn_predict_layers": 0})
-    return config, weights
 
 
 def read_rows(weights: Weights, config: ModelConfig, name: str, shape: torch.Size, rows: slice) -> Tensor:
@@ -200,34 +188,5 @@ def read_rows(weights: Weights, config: ModelConfig, name: str, shape: torch.Siz
         stop = min(begin + len(flat) - part.storage_offset(), part.numel()) // width
         if first < stop:
             at = part.storage_offset() + first * width - begin
-            flat[at : at + (stop - first) * width] = weights.take(disk_name, part.shape, slice(first, stop)).flatten()
+            flat[at : at + (stop - first) * width] = weights.take(disk_name, torch.float32)[first:stop].flatten()
     return out
-
-
-def check_names(weights: Weights, model: Model) -> None:
-    """BadInput where the model needs a tensor that the folder lacks, or the folder holds one that the model has no place for."""
-    config, folder = model.config, weights.folder
-    used = {disk_name for name, tensor in model.state_dict().items() for disk_name, _ in _parts(config, name, tensor)}
-    if lacking := used - set(weights.where):
-        raise BadInput(f"{folder} lacks the tensor {min(lacking)}.")
-    head = "lm_head.weight" if "lm_head.weight" in used else "model.embed_tokens.weight"
-    for layer in _mtp_layers(config):
-        _check_copy(weights, f"model.layers.{layer}.embed_tokens.weight", "model.embed_tokens.weight", used)
-        _check_copy(weights, f"model.layers.{layer}.shared_head.head.weight", head, used)
-    if config.tie_word_embeddings:
-        _check_copy(weights, "lm_head.weight", "model.embed_tokens.weight", used)
-    left = sorted(set(weights.where) - used)
-    if left:
-        raise BadInput(f"{folder} holds {left[0]}{f' and {len(left) - 1} more' if left[1:] else ''}, which the config has no place for.")
-
-
-def _check_copy(weights: Weights, copy: str, own: str, used: set[str]) -> None:
-    """A stored duplicate must equal what it duplicates, else one of the two would be silently ignored."""
-    if copy not in weights.where:
-        return
-    shape = torch.Size(weights._open(weights.where[own]).get_slice(own).get_shape())
-    for first in range(0, shape[0], BLOCK):
-        rows = slice(first, min(first + BLOCK, shape[0]))
-        if not torch.equal(weights.take(copy, shape, rows), weights.take(own, shape, rows)):
-            raise BadInput(f"{weights.folder}: {copy} differs from {own}, of which it must be a copy.")
-    used.add(copy)

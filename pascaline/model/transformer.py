@@ -192,7 +192,7 @@ class Model(nn.Module):
         """Write a Hugging Face folder (config.json, model.safetensors, generation_config.json). Byte-stable."""
         from pascaline.model import hf
 
-        hf.save(folder, self.config, dict(self.state_dict()), self.dtype)
+        hf.save(folder, self.config, self.state_dict().items(), self.dtype)
 
 
 def begin_(name: str, tensor: Tensor, deviation: float, generator: torch.Generator) -> Tensor:

@@ -28,10 +28,8 @@ def stored(folder: str | Path, device: torch.device, ranks: Ranks) -> tuple[Mode
     """The model of a folder, as `hf.load` gives it; on several ranks one without memory, and what to fill the shares with."""
     if ranks.size == 1:
         return hf.load(folder, device=device), None
-    config, weights = hf.open_folder(folder)
-    model = _empty(config)
-    hf.check_names(weights, model)
-    return model, partial(hf.read_rows, weights, config)
+    config, weights = hf.opened(folder)
+    return _empty(config), partial(hf.read_rows, weights, config)
 
 
 def _empty(config: ModelConfig) -> Model:

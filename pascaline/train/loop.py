@@ -128,7 +128,7 @@ class Trainer:
                 if asked and step < steps:
                     raise interrupt.stopped(f"stopped after {self.name} step {step} of {steps}")
         if self.ranks.leader:
-            hf.save(self.folder / "model", self.model.config, dict(self.tensors()), torch.float32)
+            hf.save(self.folder / "model", self.model.config, self.tensors(), torch.float32)
         else:
             for _ in self.tensors():  # the first rank gets all of each only if all ranks ask
                 pass

@@ -98,3 +98,12 @@ def test_powers_of_two_stay_as_they_are():
         assert fp8.quantise_blocks(w, round_scales=True)[1] == 2.0**exponent
         _, above = fp8.quantise_blocks(torch.nextafter(w, torch.full_like(w, torch.inf)), round_scales=True)
         assert above == 2.0 ** (exponent + 1) or above == 2.0**exponent  # w / 448 may round down to the power
+
+
+def test_every_pattern_is_what_torch_makes_of_it():
+    q = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert torch.equal(fp8.to_float(q).view(torch.int32)[:127], q.float().view(torch.int32)[:127])  # with the signs of zeros
+    assert torch.equal(fp8.to_float(q).nan_to_num(nan=1e9), q.float().nan_to_num(nan=1e9)) and fp8.to_float(q).isnan().sum() == 2
+    assert fp8.to_float(q[128:129]).signbit() and fp8.to_float(q[:0]).shape == (0,)
+    columns = torch.arange(256, dtype=torch.uint8).view(16, 16).t().view(torch.float8_e4m3fn)
+    assert torch.equal(fp8.to_float(columns)[:7], columns.float()[:7])

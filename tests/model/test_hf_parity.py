@@ -1,6 +1,7 @@
 """transformers' DeepseekV3ForCausalLM is the oracle: same logits, same gradients, same files, both ways."""
 
 import json
+import os
 import random
 
 import pytest
@@ -142,7 +143,7 @@ def test_save_load_save_in_half_precision(dtype, tmp_path):
     again.save(tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
     stored = hf.Weights(tmp_path / "a")
-    kinds = {name: stored._open("model.safetensors").get_slice(name).get_dtype() for name in stored.where}
+    kinds = {name: entry.dtype for name, entry in stored.entries.items()}
     biases = {name for name in kinds if name.endswith("e_score_correction_bias")}
     assert biases and {kinds[n] for n in biases} == {"F32"}
     assert {kinds[n] for n in kinds if n not in biases} == {"BF16" if dtype == torch.bfloat16 else "F16"}
@@ -307,14 +308,13 @@ def test_mtp_modules_are_stored_as_v3_stores_them(tmp_path):
     model.save(tmp_path)
     stored = hf.Weights(tmp_path)
     for layer in (3, 4):
-        own = {n.removeprefix(f"model.layers.{layer}.") for n in stored.where if n.startswith(f"model.layers.{layer}.")}
+        own = {n.removeprefix(f"model.layers.{layer}.") for n in stored.entries if n.startswith(f"model.layers.{layer}.")}
         mtp = {"enorm", "hnorm", "eh_proj", "shared_head.norm", "embed_tokens", "shared_head.head"}
         assert {f"{name}.weight" for name in mtp} <= own
-        block = {n.removeprefix("model.layers.2.") for n in stored.where if n.startswith("model.layers.2.")}
+        block = {n.removeprefix("model.layers.2.") for n in stored.entries if n.startswith("model.layers.2.")}
         assert own - {f"{name}.weight" for name in mtp} == block
-        file = stored._open("model.safetensors")
-        assert torch.equal(file.get_tensor(f"model.layers.{layer}.shared_head.head.weight"), model.lm_head.weight)
-        assert torch.equal(file.get_tensor(f"model.layers.{layer}.embed_tokens.weight"), model.model.embed_tokens.weight)
+        assert torch.equal(stored.take(f"model.layers.{layer}.shared_head.head.weight"), model.lm_head.weight)
+        assert torch.equal(stored.take(f"model.layers.{layer}.embed_tokens.weight"), model.model.embed_tokens.weight)
     again = hf.load(tmp_path)
     batch = tokens(1, model.config.vocab_size)
     for (found, _), (expected, _) in zip(again.mtp_hidden(*half(again, batch)), model.mtp_hidden(*half(model, batch)), strict=True):
@@ -342,7 +342,7 @@ def test_an_mtp_copy_that_differs_is_refused(copy, tmp_path):
 
 def test_half_of_the_promised_mtp_modules_is_refused(tmp_path):
     ours(0, num_nextn_predict_layers=2).save(tmp_path)
-    rewrite(tmp_path, **{name: None for name in hf.Weights(tmp_path).where if name.startswith("model.layers.4.")})
+    rewrite(tmp_path, **{name: None for name in hf.Weights(tmp_path).entries if name.startswith("model.layers.4.")})
     refused(tmp_path, "model.layers.4.")
 
 
@@ -399,14 +399,17 @@ def test_a_full_disk_leaves_the_older_model(tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "SHARD_BYTES", 10_000)
     ours(0).save(tmp_path)
     before = files(tmp_path)
-    real = hf.save_file
+    written = 0
 
-    def full(shard, path, **options):
-        if "model-00003" in str(path):
+    def full(fd, data, offset):
+        nonlocal written
+        written += len(data)
+        if written > 25_000:
             raise OSError(28, "No space left on device")
-        real(shard, path, **options)
+        return pwrite(fd, data, offset)
 
-    monkeypatch.setattr(hf, "save_file", full)
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", full)
     other = ours(0)
     randomize_(other, 99)
     with pytest.raises(OSError, match="No space"):
