@@ -183,10 +183,18 @@ class Ledger(Table):
     currency: str = ""
 
 
+class Parallel(Table):
+    """Several processes (docs/training.md). ranks: how many the recipe is for, 0 for any number; experts: how many of them share out the
+    experts of a layer among them (expert parallelism), the rest of the model is cut over all."""
+
+    ranks: int = Field(0, ge=0)
+    experts: int = Field(1, ge=1)
+
+
 class Recipe(Table):
     """The whole chain. `model` is a preset name plus overrides (pascaline.model.presets), or `folder`, a Hugging Face folder to start from:
     then there is a pretrain stage only if its table is written. sinks: tools that are given the rows of
-    metrics.jsonl too. `sinks` and `ledger` are no part of what a run is: it goes on with others."""
+    metrics.jsonl too. `sinks`, `ledger` and `parallel` are no part of what a run is: it goes on with others."""
 
     seed: int = Field(1, ge=0)
     device: str = "auto"
@@ -202,6 +210,7 @@ class Recipe(Table):
     rl: Rl = Rl()
     eval: Eval = Eval()
     ledger: Ledger = Ledger()
+    parallel: Parallel = Parallel()
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -221,5 +221,5 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str, source: str, lr: floa
 
 
 def test_every_stage_is_a_table_or_a_room() -> None:
-    assert set(recipe.STAGES) == set(Recipe.model_fields) - {"seed", "device", "dtype", "puzzles", "model", "sinks", "ledger"}
+    assert set(recipe.STAGES) == set(Recipe.model_fields) - {"seed", "device", "dtype", "puzzles", "model", "sinks", "ledger", "parallel"}
     assert "nano" in PRESETS and Recipe().model == {"preset": "nano"}

@@ -175,3 +175,18 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.d
             for disk_name, part in _parts(config, name, tensor):
                 part.copy_(weights.take(disk_name, part.dtype))
     return model.eval()
+
+
+def read_rows(weights: Weights, config: ModelConfig, name: str, shape: torch.Size, rows: slice) -> Tensor:
+    """Rows of the model's tensor `name`, which is of that shape; no others are read. A part on disk is a run of the tensor's memory."""
+    whole = torch.empty(shape, device="meta")
+    out = torch.empty((rows.stop - rows.start, *shape[1:]))
+    begin, flat = rows.start * whole.stride(0), out.view(-1)
+    for disk_name, part in _parts(config, name, whole):
+        width = part.stride(0)
+        first = max(begin - part.storage_offset(), 0) // width
+        stop = min(begin + len(flat) - part.storage_offset(), part.numel()) // width
+        if first < stop:
+            at = part.storage_offset() + first * width - begin
+            flat[at : at + (stop - first) * width] = weights.take(disk_name, torch.float32)[first:stop].flatten()
+    return out

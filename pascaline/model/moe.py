@@ -3,6 +3,7 @@
 Shapes: n tokens, D hidden, E experts, K experts a token, F expert width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -89,15 +90,21 @@ class Experts(nn.Module):
         E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
+        # Where several ranks share out the experts, and this one holds a few: takes (here, x, weight, index) to those who have them.
+        self.dispatch: Callable[..., Tensor] | None = None
 
     def forward(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
-        """Sum of the chosen experts' outputs, weighted; [n, D]. Every path computes the same sum (parity: tests)."""
+        """Sum of the chosen experts' outputs, weighted; [n, D]."""
+        return self.dispatch(self.here, x_nD, weight_nK, index_nK) if self.dispatch else self.here(x_nD, weight_nK, index_nK)
+
+    def here(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
+        """The same, of experts that are all held here. Every path computes the same sum (parity: tests)."""
         n = len(x_nD)
-        if x_nD.device.type != "cpu":
+        if x_nD.device.type != "cpu" and n:
             return self.by_grouped_mm(x_nD, weight_nK, index_nK)
         if n == 1:
             return self.by_token(x_nD, weight_nK, index_nK)
-        if not torch.is_grad_enabled() and n * len(self.gate_up_proj) <= 512:
+        if not torch.is_grad_enabled() and 0 < n * len(self.gate_up_proj) <= 512:
             return self.by_all(x_nD, weight_nK, index_nK)
         return self.by_segment(x_nD, weight_nK, index_nK)
 
@@ -133,7 +140,7 @@ class Experts(nn.Module):
         spread = _Spread.apply(x_nD, source, slot, K)
         gate, up = _Segments.apply(spread, self.gate_up_proj, rows).chunk(2, -1)
         y = _Segments.apply(F.silu(gate) * up, self.down_proj, rows)
-        return (_Collect.apply(y, source, slot).view(n, K, -1) * weight_nK.unsqueeze(-1).to(y.dtype)).sum(1)
+        return (_Collect.apply(y, source, slot).view(n, K, y.shape[1]) * weight_nK.unsqueeze(-1).to(y.dtype)).sum(1)
 
     def by_all(self, x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
         """Every expert on every token: more arithmetic, but two matmuls and no sorting; wins for a handful of tokens."""
@@ -174,7 +181,7 @@ class _Segments(torch.autograd.Function):
         ctx.save_for_backward(x, weight_EFD)
         ctx.rows = rows
         if len(set(rows)) == 1:
-            return torch.bmm(x.view(len(rows), rows[0], -1), weight_EFD.transpose(1, 2)).flatten(0, 1)
+            return torch.bmm(x.view(len(rows), rows[0], x.shape[1]), weight_EFD.transpose(1, 2)).flatten(0, 1)
         y = x.new_empty(len(x), weight_EFD.shape[1])
         for own, out, weight in zip(x.split(rows), y.split(rows), weight_EFD, strict=True):
             torch.mm(own, weight.t(), out=out)
@@ -204,7 +211,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         (slot,) = ctx.saved_tensors
-        return grad.index_select(0, slot).view(*ctx.shape, -1).sum(1), None, None, None
+        return grad.index_select(0, slot).view(*ctx.shape, grad.shape[1]).sum(1), None, None, None
 
 
 class _Collect(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pascaline.model.attention import Cache, GroupedAttention, LatentAttention, RMSNorm, visible, visible_blocks
 from pascaline.model.config import ModelConfig
-from pascaline.model.moe import MLP, Experts, MoE, Router, Routing
+from pascaline.model.moe import MLP, MoE, Router, Routing
 from pascaline.model.rope import turns
 
 if TYPE_CHECKING:
@@ -182,15 +182,10 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_(self, seed: int) -> "Model":
-        """Normal(0, initializer_range) for every matrix, ones for norms, zeros for biases (V3)."""
+        """Random weights, in place: `begin_` for each tensor in turn."""
         generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding, Experts, Router)):
-                for parameter in module.parameters(recurse=False):
-                    if parameter.dim() > 1:
-                        parameter.normal_(0.0, self.config.initializer_range, generator=generator)
-                    else:
-                        parameter.zero_()
+        for name, tensor in self.state_dict().items():
+            begin_(name, tensor, self.config.initializer_range, generator)
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -198,6 +193,13 @@ class Model(nn.Module):
         from pascaline.model import hf
 
         hf.save(folder, self.config, self.state_dict().items(), self.dtype)
+
+
+def begin_(name: str, tensor: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+    """What a tensor of a model has before training, in place: Normal(0, deviation) a matrix, ones a norm, zeros a bias (V3)."""
+    if tensor.dim() > 1:
+        return tensor.normal_(0.0, deviation, generator=generator)
+    return tensor.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:

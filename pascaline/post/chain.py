@@ -7,12 +7,12 @@ from typing import Any
 from pascaline.device import best_dtype, choose, place
 from pascaline.errors import BadInput, nearest
 from pascaline.ledger import Attempt, cost, set_aside
-from pascaline.post.check import check, check_sinks
+from pascaline.post.check import check, check_ranks, check_sinks
 from pascaline.recipe import Recipe, differences, load, parse, to_toml
 from pascaline.runs import TEMPORARY, Lock, complete, is_complete, read_json, write_atomic, write_json
 
 RESOLVED_LATER = ("device", "dtype")  # "auto" in a recipe; a run keeps what it was resolved to
-WATCHING = ("sinks", "ledger")  # no part of what a run is: it goes on with what is asked now
+WATCHING = ("sinks", "ledger", "parallel")  # no part of what a run is: it goes on with what is asked now
 KEPT = (".lock", "ledger.jsonl")  # what --fresh leaves in place
 SHOWN = 8  # keys named when two recipes differ
 
@@ -40,6 +40,7 @@ def run(
         check(parsed)
     if fresh or not finished(out):
         check_sinks(parsed)
+        check_ranks(parsed, place()[1])
     with Lock(out):
         if fresh:
             choose(parsed.device)  # what cannot work is said before anything is moved
@@ -87,7 +88,7 @@ def _ranks(recipe: Recipe) -> Any:
     """The processes that torchrun started, if it did."""
     from pascaline.train import parallel
 
-    return parallel.start(choose(recipe.device))
+    return parallel.start(choose(recipe.device), recipe.parallel.experts)
 
 
 def _dismiss(recipe: Recipe) -> None:

@@ -3,7 +3,7 @@
 import importlib.util
 import inspect
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pascaline.data import puzzles
@@ -13,7 +13,7 @@ from pascaline.data.sources import documents
 from pascaline.errors import BadInput, nearest
 from pascaline.model.config import ModelConfig
 from pascaline.model.presets import from_recipe
-from pascaline.recipe import Recipe
+from pascaline.recipe import Extend, Pretrain, Recipe, Sft
 from pascaline.tokenizer import BYTES, SPECIALS, Tokenizer
 
 
@@ -54,6 +54,55 @@ def check_sinks(recipe: Recipe) -> None:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:
             raise BadInput(f"sinks: {name} is not installed; pip install {name} (or pascaline[watch] for all of them), or leave it out.")
+
+
+def check_ranks(recipe: Recipe, size: int) -> None:
+    """Refuse a mesh that does not fit `size` processes, the model, or a step's rows, with the sizes that would fit (BadInput)."""
+    table, config = recipe.parallel, model_config(recipe, recipe.tokenizer.vocab_size)
+    depth = config.num_hidden_layers + config.num_nextn_predict_layers
+    experts = config.n_routed_experts if config.first_k_dense_replace < depth else 0
+    if table.ranks and table.ranks != size:
+        raise BadInput(f"parallel.ranks = {table.ranks}, but here {_are(size)}: start it with torchrun --nproc-per-node={table.ranks} -m "
+                       f"pascaline run ..., or set parallel.ranks = {size} (0 for any number).")  # fmt: skip
+    if table.experts > 1 and not experts:
+        raise BadInput(f"parallel.experts = {table.experts}, but no layer of the model has experts; leave it at 1.")
+    if experts % table.experts:
+        fits = _listed(n for n in range(1, experts + 1) if experts % n == 0)
+        raise BadInput(f"parallel.experts = {table.experts} does not divide the {experts} experts of a layer; {fits} do.")
+    if size % table.experts:
+        fits = _listed(n for n in range(1, size + 1) if size % n == 0 and not experts % n)
+        raise BadInput(f"parallel.experts = {table.experts} needs as many ranks or a multiple of it, and here {_are(size)}: start it with "
+                       f"torchrun --nproc-per-node={table.experts} -m pascaline run ..., or set it to {fits}.")  # fmt: skip
+    if size > (most := experts or config.hidden_size):
+        what = "experts of a layer" if experts else "rows of a layer's weights (model.hidden_size)"
+        raise BadInput(f"{size} ranks are more than the {most} {what}: some would hold nothing of it; start {most} ranks at most.")
+    for name in ("pretrain", "extend", "sft"):
+        if (stage := getattr(recipe, name)) is not None:
+            _check_rows(name, stage, size)
+
+
+def _check_rows(name: str, stage: Pretrain | Extend | Sft, size: int) -> None:
+    """Each rank must get rows of a step: they are dealt out evenly, the last ranks may have fewer."""
+    row = stage.length if isinstance(stage, Extend) and not stage.sequence_length else stage.sequence_length
+    rows = max(stage.tokens_per_step // row, 1)
+    if busy(rows, size) < size:
+        fits = _listed(n for n in range(1, min(rows, size) + 1) if busy(rows, n) == n)
+        raise BadInput(f"{name}.tokens_per_step = {stage.tokens_per_step} is {rows} row{'s' * (rows > 1)} of {row} tokens: of {size} ranks "
+                       f"{size - busy(rows, size)} would have none; start {fits}, or raise it to {size * row}.")  # fmt: skip
+
+
+def busy(rows: int, size: int) -> int:
+    """How many of `size` ranks have any of the rows."""
+    return -(-rows // -(-rows // size))
+
+
+def _are(size: int) -> str:
+    return "is one process" if size == 1 else f"are {size}"
+
+
+def _listed(sizes: Iterable[int]) -> str:
+    *most, last = map(str, sizes)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _check_extend(recipe: Recipe, positions: int) -> None:

@@ -35,9 +35,10 @@ from pascaline.recipe import Extend, Pretrain, Recipe, Sft, Stage
 from pascaline.runs import atomic_path, lineage, write_atomic
 from pascaline.stopping import Interrupt
 from pascaline.tokenizer import Tokenizer
+from pascaline.train.initial import drawn, stored
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
-from pascaline.train.parallel import ALONE, Ranks
+from pascaline.train.parallel import ALONE, Ranks, Rows
 from pascaline.train.schedule import ramp
 from pascaline.train.sinks import Sinks
 
@@ -211,17 +212,17 @@ def pretrain(run: Run) -> dict[str, Any]:
     stage, own = run.recipe.pretrain, run.tokenizer()
     assert stage is not None
     if run.recipe.start:
-        model = hf.load(run.recipe.start, device=run.device)
+        model, first = stored(run.recipe.start, run.device, run.ranks)
     else:
-        model = Model(model_config(run.recipe, own.vocab_size)).init_(run.recipe.seed).to(run.device)
+        model, first = drawn(model_config(run.recipe, own.vocab_size), run.recipe.seed, run.device, run.ranks)
     row, shards = stage.sequence_length, Corpus(run.folder("tokenizer") / "shards")
     samples = CorpusSamples(shards, row, run.recipe.corpus.held_out)
     if run.recipe.extend:
         extension.held_out_texts(shards, run.recipe, model.config.max_position_embeddings)  # what it lacks is said before days of training
     rows = max(stage.tokens_per_step // row, 1)
-    first = max(stage.ramp_from // row, 1) if stage.ramp_from else rows
-    plan = ramp(stage.tokens, row, rows, first, int(stage.ramp_until * stage.tokens))
-    return _train(run, "pretrain", model, _loader(run, stage, samples, row, plan), len(plan))
+    least = max(stage.ramp_from // row, 1) if stage.ramp_from else rows
+    plan = ramp(stage.tokens, row, rows, least, int(stage.ramp_until * stage.tokens))
+    return _train(run, "pretrain", model, _loader(run, stage, samples, row, plan), len(plan), first)
 
 
 def extend(run: Run) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def extend(run: Run) -> dict[str, Any]:
     extension.json says what each of the two did."""
     stage, folder, base = run.recipe.extend, run.folder("extend"), run.origin("extend")
     assert stage is not None
-    model = hf.load(base, device=run.device)
+    model, first = stored(base, run.device, run.ranks)
     old, new = model.config, model.config.extended(stage.length)
     shards, row = Corpus(run.folder("tokenizer") / "shards"), stage.sequence_length or stage.length
     texts = extension.held_out_texts(shards, run.recipe, old.max_position_embeddings)
@@ -242,7 +243,7 @@ def extend(run: Run) -> dict[str, Any]:
         check.measure("yarn", lambda: hf.load(base, run.dtype, run.device).reposition_(new))
     run.ranks.tell()
     loader = _loader(run, stage, CorpusSamples(shards, row, run.recipe.corpus.held_out, stage.shortest), row)
-    summary = _train(run, "extend", model.reposition_(new), loader, -(-stage.tokens // loader.step_tokens))
+    summary = _train(run, "extend", model.reposition_(new), loader, -(-stage.tokens // loader.step_tokens), first)
     if run.ranks.leader:
         check.measure("tuned", lambda: hf.load(folder / "model", run.dtype, run.device))
         check.finish(new.rope.factor)
@@ -253,13 +254,13 @@ def sft(run: Run) -> dict[str, Any]:
     """A cold start on chats: thought, then answer; loss on the assistant's tokens."""
     stage = run.recipe.sft
     samples = ListSamples(puzzle_samples(run.recipe.puzzles, run.tokenizer(), run.recipe.seed))
-    model = hf.load(run.origin("sft"), device=run.device)
+    model, first = stored(run.origin("sft"), run.device, run.ranks)
     longest, room = int(samples.lengths.max()), model.config.max_position_embeddings
     if longest > room:
         raise BadInput(f"the longest chat has {longest} tokens, the model only {room} positions; raise model.max_position_embeddings.")
     loader = _loader(run, stage, samples, max(stage.sequence_length, longest))
     steps = max(round(stage.epochs * int(samples.lengths.sum()) / loader.step_tokens), 1)
-    return _train(run, "sft", model, loader, steps)
+    return _train(run, "sft", model, loader, steps, first)
 
 
 def rl(run: Run) -> dict[str, Any]:
@@ -277,13 +278,13 @@ def _loader(run: Run, stage: Pretrain | Extend | Sft, samples: Samples, row: int
     return Loader(samples, row, rows, micro, run.tokenizer().pad, run.recipe.seed, plan, run.ranks.rank, run.ranks.size)
 
 
-def _train(run: Run, name: str, model: Model, source: Any, steps: int) -> dict[str, Any]:
+def _train(run: Run, name: str, model: Model, source: Any, steps: int, first: Rows | None = None) -> dict[str, Any]:
     stage: Stage = getattr(run.recipe, name)
     rule = Loss(mtp=stage.mtp if model.config.num_nextn_predict_layers else 0.0, balance=stage.sequence_balance, z=stage.z_loss)
     if name == "rl":
         rule = replace(rule, mtp=0.0, clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
     ranks = run.ranks if name in TOGETHER else ALONE
-    trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype, ranks)
+    trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype, ranks, first)
     if ranks.leader:
         trainer.sinks = Sinks(run.recipe.sinks, run.out, name)
     trainer.peak = 1e9 * peak(run.device, measured=not run.quiet).get(str(run.dtype).removeprefix("torch."), 0.0) * ranks.size

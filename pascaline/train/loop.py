@@ -6,7 +6,7 @@ its last checkpoint ends with the same bits.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from pascaline.stopping import Interrupt
 from pascaline.train import checkpoint, losses, parallel, paths, quarantine, schedule
 from pascaline.train.guard import Guard, within
 from pascaline.train.optim import Optimizer
-from pascaline.train.parallel import ALONE, Ranks
+from pascaline.train.parallel import ALONE, Ranks, Rows
 from pascaline.train.qkclip import QKClip
 from pascaline.train.sinks import Sinks
 
@@ -63,16 +63,27 @@ class Launched:
 class Trainer:
     """Trains `model` for `steps` optimizer steps in `folder`; the finished weights go to folder/model in float32.
 
-    On several `ranks` each has a trainer with the same model, and a source that gives its share of each step's batches.
+    On several `ranks` each has a trainer with the same model, and a source that gives its share of each step's batches; that model may
+    be without memory, and is filled with the rows of `first` then (train/initial.py).
     """
 
-    def __init__(self, model: Model, stage: Stage, rule: losses.Loss, folder: Path, name: str, dtype: torch.dtype, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        model: Model,
+        stage: Stage,
+        rule: losses.Loss,
+        folder: Path,
+        name: str,
+        dtype: torch.dtype,
+        ranks: Ranks = ALONE,
+        first: Rows | None = None,
+    ):
         self.model, self.stage, self.rule, self.folder, self.name, self.ranks = model, stage, rule, folder, name, ranks
         self.model.activation_checkpointing = stage.activation_checkpointing
-        self.paths = paths.take(model, stage, dtype)
+        self.paths = paths.take(model, stage, dtype, ranks.device)
         self.flops_per_token = 6.0 * active_parameters(model)
         # Runs a function of the model where its weights are whole.
-        self.on_model = partial(_call, model) if ranks.size == 1 else parallel.shard(model, dtype, ranks)
+        self.on_model = partial(_call, model) if ranks.size == 1 else parallel.shard(model, dtype, ranks, first)
         self.optimizer = Optimizer(model, stage, dtype, ranks)
         self.clipping = QKClip(model, self.optimizer, stage.qk_clip)
         self.routers = model.routers()
@@ -96,6 +107,8 @@ class Trainer:
         quiet = quiet or not self.ranks.leader
         shown = Progress(self.name, steps, enabled=not quiet)
         with self.metrics, self.saver, Interrupt() as interrupt, shown as progress, self.sinks.open(progress.note):
+            if self.ranks.size > 1:
+                progress.note(str(self.ranks))
             for line in self.paths:
                 progress.note(line)
             step = self._resume(progress)
@@ -114,9 +127,11 @@ class Trainer:
                     self._saved(progress, must=False)
                 if asked and step < steps:
                     raise interrupt.stopped(f"stopped after {self.name} step {step} of {steps}")
-        tensors = self.full_precision()
         if self.ranks.leader:
-            hf.save(self.folder / "model", self.model.config, tensors.items(), torch.float32)
+            hf.save(self.folder / "model", self.model.config, self.tensors(), torch.float32)
+        else:
+            for _ in self.tensors():  # the first rank gets all of each only if all ranks ask
+                pass
         return self.totals
 
     def _launch(self, source: Source, step: int, steps: int, interrupt: Interrupt) -> None:
@@ -289,15 +304,12 @@ class Trainer:
             if len(self.rows) == 1:
                 progress.note("the disk is full; going on, metrics.jsonl is written when there is room")
 
-    def full_precision(self) -> dict[str, Tensor]:
-        """The model's tensors with the float32 masters in place of the working copies; of several ranks' shares the whole, on the
-        first rank's host ({} on the others, which all have to ask)."""
-        out = dict(self.model.named_buffers()) if self.ranks.leader else {}
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's tensors on the host, one at a time, with the float32 masters in place of the working copies; of several ranks'
+        shares the whole, for which all of them have to ask."""
+        yield from self.model.named_buffers()
         for name, master in self.optimizer.masters.items():
-            whole = parallel.full(parallel.like(master.data, self.optimizer.working[name]))
-            if self.ranks.leader:
-                out[name] = whole.cpu()
-        return out
+            yield name, parallel.full(parallel.like(master.data, self.optimizer.wholes[name])).cpu()
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.optimizer.state(), **{f"buffer.{n}": b for n, b in self.model.named_buffers()}}

@@ -30,7 +30,7 @@ class Muon:
     """Momentum, orthogonalised, times 0.2 sqrt(max(A, B)), which gives AdamW's update size, so both share one learning rate
     (Moonlight, arXiv 2502.16982 section 2.2). Stacked experts are orthogonalised one by one, gate and up apart."""
 
-    def __init__(self, masters: dict[str, nn.Parameter], wholes: dict[str, nn.Parameter], optim: Optim, dtype: torch.dtype):
+    def __init__(self, masters: dict[str, nn.Parameter], wholes: dict[str, Tensor], optim: Optim, dtype: torch.dtype):
         """masters: what this rank holds of `wholes` (all of them, if it is alone)."""
         self.masters, self.wholes, self.optim, self.dtype = masters, wholes, optim, dtype
         self.cut = any(isinstance(whole, DTensor) for whole in wholes.values())
@@ -83,16 +83,18 @@ class Optimizer:
         self.optim, self.ranks = optim, ranks
         if ranks.size > 1:
             self.working = dict(model.named_parameters())
+            self.wholes = parallel.cuts(model, ranks)
             self.masters = {name: nn.Parameter(parallel.local(p.detach())) for name, p in self.working.items()}
         else:
             self.masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
             self.working = dict(model.cast_(dtype).named_parameters())
+            self.wholes = parallel.cuts(model, ranks)
             for name, parameter in self.working.items():
                 if parameter.dtype == torch.float32:
                     parameter.data = self.masters[name].data
         hidden = {n: m for n, m in self.masters.items() if m.dim() > 1 and "embed_tokens" not in n and "lm_head" not in n}
         muon = {n: m for n, m in hidden.items() if optim.optimizer == "muon" and not n.endswith("mlp.gate.weight")}
-        self.muon = Muon(muon, self.working, optim, dtype)
+        self.muon = Muon(muon, self.wholes, optim, dtype)
         decay = [m for n, m in hidden.items() if n not in muon]
         plain = [m for n, m in self.masters.items() if n not in hidden]
         groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -139,7 +141,7 @@ class Optimizer:
     @torch.no_grad()
     def scale_rows(self, name: str, factor: Tensor) -> None:
         """Multiply each row of a weight [A, B], or of a bias [A], by its own factor [A]."""
-        own = factor[parallel.rows(self.working[name])]
+        own = factor[parallel.rows(self.wholes[name])]
         self.masters[name].mul_(own.view(-1, *[1] * (self.masters[name].dim() - 1)))
         self.refresh(name)
 
@@ -154,7 +156,7 @@ class Optimizer:
         for name, master in self.masters.items():
             moments = self.adamw.state.get(master, {})
             own = {"master": master.detach(), **({"momentum": self.muon.momentum[name]} if name in self.muon.momentum else {}), **moments}
-            out |= {f"{key}.{name}": parallel.like(t, self.working[name]) if t.dim() else t for key, t in own.items()}
+            out |= {f"{key}.{name}": parallel.like(t, self.wholes[name]) if t.dim() else t for key, t in own.items()}
         return out
 
     def room(self, names: set[str]) -> dict[str, Tensor]:

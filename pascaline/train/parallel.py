@@ -1,7 +1,8 @@
-"""Several processes that train one model together (torchrun), or this one alone: FSDP2 on torch.distributed.
+"""Several processes that train one model together (torchrun), or this one alone: FSDP2 and expert parallelism on torch.distributed.
 
-Each rank holds a share of the rows of every weight, gradient and moment; a layer's weights are put together while it computes. Ranks
-differ in the rows of a batch that they see and in nothing else: losses, norms, loads and decisions are those of all of them.
+Each rank holds a share of the rows of every weight, gradient and moment; a layer's weights are put together while it computes, but its
+experts only among the ranks that hold the same ones: tokens go to the others (train/dispatch.py). Ranks differ in the rows of a batch
+that they see and in nothing else: losses, norms, loads and decisions are those of all of them.
 """
 
 import atexit
@@ -9,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,28 +18,44 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pascaline.device import place
-from pascaline.model.moe import Router
+from pascaline.model.moe import Experts, Router
 from pascaline.model.transformer import Model
+from pascaline.train.dispatch import Dispatch
 
+Rows = Callable[[str, torch.Size, slice], Tensor]  # of a tensor by its name and whole shape; asked in the order of a model's tensors
 PATIENCE = timedelta(days=30)  # ranks wait for stages that one of them does alone; torchrun ends them all if one dies
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who trains. mesh: of their devices; hosts: the group in which their hosts talk, no two threads at a time."""
+    """Who trains. mesh: of their devices; hosts: the group in which their hosts talk, no two threads at a time; experts: so many of them,
+    neighbours, share out the experts of a layer."""
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
     hosts: Any = field(default=None, repr=False)
+    experts: int = 1
 
     @property
     def leader(self) -> bool:
         """Whether this rank writes the files and speaks to the user."""
         return self.rank == 0
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where this rank computes; None: wherever the model is, for it is alone."""
+        return torch.device(self.mesh.device_type) if self.mesh is not None else None
+
+    def __str__(self) -> str:
+        """The mesh in words."""
+        each = self.size // self.experts
+        way = f" (among {self.experts}, each one's over {each})" if 1 < self.experts < self.size else ""
+        apart = f"experts over {self.size}{way} by all-to-all, the rest over {self.size}" if self.experts > 1 else f"all over {self.size}"
+        return f"{self.size} ranks: {apart}"
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` added up over the ranks, in place."""
@@ -76,8 +94,8 @@ class Ranks:
 ALONE = Ranks()
 
 
-def start(device: torch.device) -> Ranks:
-    """Meet the other processes that torchrun started. Without torchrun, ALONE."""
+def start(device: torch.device, experts: int = 1) -> Ranks:
+    """Meet the other processes that torchrun started, of which so many share out the experts. Without torchrun, ALONE."""
     rank, size = place()
     if size == 1:
         return ALONE
@@ -87,7 +105,19 @@ def start(device: torch.device) -> Ranks:
         dist.init_process_group("gloo" if device.type == "cpu" else None)
         atexit.register(dist.destroy_process_group)  # its threads abort a process that ends with them running
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("data",))
-    return Ranks(rank, size, mesh, dist.new_group(backend="gloo", timeout=PATIENCE))
+    return Ranks(rank, size, mesh, dist.new_group(backend="gloo", timeout=PATIENCE), experts)
+
+
+@cache
+def _grid(kind: str, size: int, experts: int) -> DeviceMesh:
+    """The mesh of tensors that are cut between experts first. Ranks that share out the experts of a layer are neighbours, so that
+    tokens stay inside a machine."""
+    return DeviceMesh(kind, torch.arange(size).view(-1, experts).t(), mesh_dim_names=("experts", "data"))
+
+
+def grid(ranks: Ranks) -> DeviceMesh:
+    assert ranks.mesh is not None
+    return _grid(ranks.mesh.device_type, ranks.size, ranks.experts)
 
 
 class _Whole(nn.Module):
@@ -101,17 +131,21 @@ class _Whole(nn.Module):
         return work(self.model, *arguments)
 
 
-def shard(model: Model, dtype: torch.dtype, ranks: Ranks) -> Callable[..., Any]:
+def shard(model: Model, dtype: torch.dtype, ranks: Ranks, first: Rows | None = None) -> Callable[..., Any]:
     """Cut the float32 `model` into the ranks' shares, in place. Returns what runs `work(model, *arguments)` with the weights put
-    together in `dtype`; gradients are added up over the ranks in float32. Every rank must run the same work as often."""
+    together in `dtype`; gradients are added up over the ranks in float32. Every rank must run the same work as often.
 
-    def cut(module: nn.Module, compute: torch.dtype) -> Any:
+    first: of a model without memory (device "meta"), what gives the rows of each tensor that a rank holds (train/initial.py)."""
+
+    def cut(module: nn.Module, compute: torch.dtype, mesh: DeviceMesh | None = ranks.mesh) -> Any:
         policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        return fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
+        return fully_shard(module, mesh=mesh, mp_policy=policy)
 
     for module in model.modules():
         if isinstance(module, Router):
             cut(module, torch.float32)  # a rounded score picks another expert
+        elif isinstance(module, Experts) and ranks.experts > 1:
+            cut(_share_out(module, ranks), dtype, grid(ranks)["data"])
     for layer in model.model.layers:
         cut(layer, dtype)
     whole = cut(_Whole(model), dtype)
@@ -119,6 +153,8 @@ def shard(model: Model, dtype: torch.dtype, ranks: Ranks) -> Callable[..., Any]:
         if isinstance(module, FSDPModule):  # losses are shares of the whole step's: their gradients add up, they have no mean
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if first is not None:
+        _fill(whole, ranks, first)
 
     def run(work: Callable[..., Any], *arguments: Any) -> Any:
         found = whole(work, *arguments)
@@ -127,6 +163,40 @@ def shard(model: Model, dtype: torch.dtype, ranks: Ranks) -> Callable[..., Any]:
         return found
 
     return run
+
+
+@torch.no_grad()
+def _fill(whole: _Whole, ranks: Ranks, first: Rows) -> None:
+    """Give the shares memory, and their rows of each tensor."""
+    whole.to_empty(device=ranks.device)
+    shares = {**whole.model.state_dict(), **cuts(whole.model, ranks)}  # in the first one's order
+    for name, share in shares.items():
+        local(share).copy_(first(name, share.shape, rows(share)))
+
+
+def _share_out(experts: Experts, ranks: Ranks) -> Experts:
+    """Keep this rank's experts of a layer, in place, and let it ask the others for theirs."""
+    mesh = grid(ranks)
+    each = len(experts.gate_up_proj) // ranks.experts
+    first = mesh.get_local_rank("experts") * each
+    for name, parameter in list(experts.named_parameters()):
+        setattr(experts, name, nn.Parameter(parameter.detach()[first : first + each].clone()))
+    experts.dispatch = Dispatch(mesh.get_group("experts"), each)
+    return experts
+
+
+def cuts(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """The parameters of a model that `shard` has cut, each as this rank's part of its whole, sharing memory; of any other model the
+    parameters."""
+    out: dict[str, Tensor] = dict(model.named_parameters())
+    for name, parameter in out.items():
+        if isinstance(parameter, DTensor) and parameter.device_mesh.size() < ranks.size:  # whole only among the ranks that hold it
+            shape = torch.Size((len(parameter) * ranks.experts, *parameter.shape[1:]))
+            share = local(parameter.detach())
+            out[name] = DTensor.from_local(
+                share, grid(ranks), (Shard(0), Shard(0)), run_check=False, shape=shape, stride=parameter.stride()
+            )
+    return out
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -142,14 +212,20 @@ def like(share: Tensor, whole: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """All of a sharded tensor, on every rank; put together along one dimension of the mesh after the other, the last first."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    for dim in reversed(range(1, tensor.device_mesh.ndim)):
+        tensor = tensor.redistribute(placements=[Shard(0)] * dim + [Replicate()] * (tensor.device_mesh.ndim - dim))
+    return tensor.full_tensor()
 
 
 def rows(tensor: Tensor) -> slice:
-    """Which of its rows this rank holds."""
-    if not isinstance(tensor, DTensor):
-        return slice(0, len(tensor))
-    each = -(-len(tensor) // tensor.device_mesh.size())
-    first = min(tensor.device_mesh.get_local_rank() * each, len(tensor))
-    return slice(first, first + len(tensor.to_local()))
+    """Which of its rows this rank holds: a share of a share, for each dimension of the mesh."""
+    first, count = 0, len(tensor)
+    if isinstance(tensor, DTensor):
+        for dim in range(tensor.device_mesh.ndim):
+            each = -(-count // tensor.device_mesh.size(dim))
+            before = min(tensor.device_mesh.get_local_rank(dim) * each, count)
+            first, count = first + before, min(each, count - before)
+    return slice(first, first + count)

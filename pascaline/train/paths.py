@@ -11,21 +11,19 @@ from pascaline.model.transformer import Model
 from pascaline.recipe import Stage
 
 
-def take(model: Model, stage: Stage, dtype: torch.dtype) -> list[str]:
-    """Put what `stage` asks for into `model`, before it is cut; one line each on where it computes and how."""
-    cuda = model.device.type == "cuda"
+def take(model: Model, stage: Stage, dtype: torch.dtype, device: torch.device | None = None) -> list[str]:
+    """Put what `stage` asks for into `model`, before it is cut; one line each on where it computes and how. device: where a model
+    without memory will be."""
+    device = device or model.device
+    cuda = device.type == "cuda"
     flex = stage.compile and cuda and not stage.qk_clip  # its kernel keeps the largest logit to itself
     attention = "FlexAttention under the document mask" if flex else "PyTorch's kernel" if cuda else "matmuls by blocks of queries"
     experts = "grouped matmul" if cuda else "a matmul for each expert's segment"
-    told = [f"{str(dtype).removeprefix('torch.')} on {device_name(model.device)}; attention: {attention}"]
+    told = [f"{str(dtype).removeprefix('torch.')} on {device_name(device)}; attention: {attention}"]
     if model.config.n_routed_experts:
         told[0] += f"; experts: {experts}"
     if stage.fp8:
-        how = (
-            "by the device's own product"
-            if hardware(model.device)
-            else "emulated in float32, to try it out: this device has no such product"
-        )
+        how = "by the device's own product" if hardware(device) else "emulated in float32, to try it out: this device has no such product"
         told.append(f"{to_fp8_(model)} linear layers in fp8, scaled by 1x128 and 128x128, {how}")
     if stage.compile:
         model.flex = flex

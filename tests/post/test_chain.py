@@ -304,6 +304,22 @@ def test_two_ranks_walk_the_whole_road(coin_run: Path, tmp_path: Path) -> None:
     assert wrong.returncode != 0 and wrong.stderr.count("holds a run of another recipe") == 1
 
 
+def test_two_ranks_that_share_out_the_experts_walk_it_too(coin_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pascaline"]
+    environment = os.environ | {"PYTHONPATH": f"{COIN.parent}:{COIN.parent.parent}", "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "run", COIN, "--out", out, "--set", "parallel.experts=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for stage in ("03-pretrain", "04-sft"):
+        one, two = (Metrics.read(place / stage / "metrics.jsonl") for place in (coin_run, out))
+        assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
+        assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=0.02)
+        told = f"{stage[3:]}: 2 ranks: experts over 2 by all-to-all, the rest over 2"
+        assert (done.stdout + done.stderr).count(told) == 1
+    assert read_json(out / "report.json") and (out / "model" / "config.json").exists()
+
+
 def _rows(stage: Path) -> int:
     path = stage / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
