@@ -1,10 +1,12 @@
 """Which rank keeps the others waiting. FSDP's collectives make all ranks as slow as the slowest one, so the wall clock does not tell.
 
-A stopwatch runs while a rank reads its batch and while its layers, head and loss compute, forward and backward; it stands wherever FSDP
-puts weights together or adds gradients up, that is, where a rank waits for others. The optimizer is not timed: it waits within.
+A stopwatch runs while a rank reads its batch and while its layers, head and loss compute, forward and backward; it stands where a rank
+waits for others: while FSDP puts weights together or adds gradients up, and while tokens travel to their experts. The optimizer is not timed.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median_low
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from pascaline.model.moe import Experts
 from pascaline.model.transformer import Model
+from pascaline.train.exchange import Exchange
 
 SHOWN = 1.2  # times the median rank's time, from where on the slowest is told of
 PATIENCE = 20  # steps in a row in which the same one is
@@ -32,6 +36,8 @@ class Stopwatch:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 self._watch(module, after=module is not first)
+            if isinstance(module, Experts) and isinstance(module.exchange, Exchange):
+                module.exchange.waiting = self.waiting
 
     def start(self) -> None:
         self.spans, self._since = [], None
@@ -45,6 +51,15 @@ class Stopwatch:
         if self._since is not None:
             self.spans.append((self._since, self._mark()))
             self._since = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Stand while the block runs."""
+        ran = self._since is not None
+        self.pause()
+        yield
+        if ran:
+            self.go()
 
     def _mark(self) -> Mark:
         """Now: by the clock, or on CUDA when the device gets here, which nobody has to wait for."""

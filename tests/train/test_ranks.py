@@ -281,6 +281,14 @@ def test_a_slow_rank_stands_out_and_those_that_wait_for_it_do_not(recomputed, na
     assert np.median([row["slowest_per_median"] for row in found]) > 2
 
 
+def test_waiting_for_tokens_is_no_work(tmp_path):
+    """One rank is slow, and the other waits for what its experts make of the tokens."""
+    assert together(2, tmp_path, "slowed", experts=2) == ["", ""]
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    own = np.median([row["rank_seconds"] for row in found], 0)
+    assert own[1] >= 0.12 and own[0] < 0.06
+
+
 def test_the_time_of_all_ranks_is_in_every_row(tmp_path):
     assert together(2, tmp_path, "slowed", nap=0.0) == ["", ""]
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
