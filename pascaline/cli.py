@@ -131,8 +131,23 @@ def _show_standing(folder: Path, cost: dict[str, Any], as_json: bool) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Say what this machine has and what training will use on it."""
+def doctor(
+    recipe: Annotated[Path | None, typer.Option(help="say instead how much memory this recipe needs on each rank")] = None,
+    ranks: Annotated[int | None, typer.Option(help="processes of the recipe (default: its parallel.ranks, or 1)", min=1)] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="override a key: --set pretrain.micro_tokens=4096 (repeatable)")] = None,
+    per_host: Annotated[int | None, typer.Option(help="of them on a machine (default: at most 8; without CUDA all)", min=1)] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB that a device has (default: one of this machine)", min=0)] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine has and what training will use on it; or, with --recipe, what a recipe needs."""
+    if recipe is not None:
+        from pascaline.post import doctor as post_doctor
+        from pascaline.recipe import load, read_setting
+
+        parsed = load(recipe, dict(read_setting(s) for s in set or []))
+        needed = post_doctor.needs(parsed, ranks or parsed.parallel.ranks or 1, per_host, memory)
+        print(json.dumps(needed) if as_json else post_doctor.text(needed))
+        return
     from pascaline import device, runs
 
     chosen = device.choose()

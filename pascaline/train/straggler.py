@@ -1,7 +1,7 @@
 """Which rank keeps the others waiting. FSDP's collectives make all ranks as slow as the slowest one, so the wall clock does not tell.
 
-A stopwatch runs while a rank reads its batch and while its layers, head and loss compute, forward and backward; it stands where a rank
-waits for others: while FSDP puts weights together or adds gradients up, and while tokens travel to their experts. The optimizer is not timed.
+A stopwatch runs while a rank reads its batch and while layers, head and loss compute, forward and backward. It stands where a rank waits
+for others: while FSDP puts weights together or adds gradients up, and while tokens travel to experts. The optimizer is not timed.
 """
 
 import time
