@@ -28,7 +28,7 @@ def needs(recipe: Recipe, ranks: int, per_host: int | None = None, memory: float
     }
     stages = {name: peak(one) for name, one in plans.items()}
     each = min(per_host or (ranks if not cuda else PER_HOST), ranks)
-    device = max(max(kinds["peak"], kinds["start"]) for kinds in stages.values())
+    device = max(kinds["peak"] for kinds in stages.values())
     host = each * max(max(kinds["host copy"] + (0 if cuda else kinds["peak"]), kinds["start"]) for kinds in stages.values())
     room = memory * 2**30 if memory else _room(cuda, each)
     return {

@@ -85,13 +85,15 @@ def _cut(name: str, shape: tuple[int, ...], plan: Plan) -> int:
 
 def peak(plan: Plan) -> dict[str, int]:
     """Bytes of each kind at a rank's worst moment, which "peak" is: kinds that do not meet there are smaller than they become at other
-    moments. "host copy": what the next checkpoint is written from; "start": the whole model before it is cut."""
+    moments. "host copy": what the next checkpoint is written from; "start": the rank's
+    share and the largest tensor, of which it is drawn or read; a rank that is alone has the whole model and the masters."""
     always = {"weights": _weights(plan), "moments": _moments(plan)}
     moments = [*_backward(plan), _update(plan)]
     worst = max(moments, key=lambda kinds: sum(kinds.values()))
     kinds = {**always, **{kind: max(worst.get(kind, 0), 0) for kind in ("gradients", "gathered", "activations", "logits", "temporary")}}
-    total = sum(prod(shape) for layer in plan.weights.values() for shape in layer.values()) * (4 if plan.ranks > 1 else 8)  # and masters
-    return {**kinds, "peak": sum(kinds.values()), "host copy": 4 * sum(map(plan.held, plan.weights)) + always["moments"], "start": total}
+    held, sizes = sum(map(plan.held, plan.weights)), [prod(shape) for layer in plan.weights.values() for shape in layer.values()]
+    start = 4 * (held + max(sizes)) if plan.ranks > 1 else 8 * sum(sizes)
+    return {**kinds, "peak": sum(kinds.values()), "host copy": 4 * held + always["moments"], "start": start}
 
 
 def _weights(plan: Plan) -> int:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from pascaline.model.moe import Experts
 from pascaline.model.transformer import Model
-from pascaline.train.exchange import Exchange
+from pascaline.train.dispatch import Dispatch
 
 SHOWN = 1.2  # times the median rank's time, from where on the slowest is told of
 PATIENCE = 20  # steps in a row in which the same one is
@@ -36,8 +36,8 @@ class Stopwatch:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 self._watch(module, after=module is not first)
-            if isinstance(module, Experts) and isinstance(module.exchange, Exchange):
-                module.exchange.waiting = self.waiting
+            if isinstance(module, Experts) and isinstance(module.dispatch, Dispatch):
+                module.dispatch.waiting = self.waiting
 
     def start(self) -> None:
         self.spans, self._since = [], None
@@ -91,10 +91,11 @@ class Stopwatch:
             inputs(self.pause, arguments)
             self.go()
 
-        module.register_forward_pre_hook(enter, prepend=True)
-        module.register_forward_pre_hook(entered)
-        module.register_forward_hook(lambda _, __, found: outputs(self.pause, found), prepend=True)
-        module.register_forward_hook(lambda _, __, found: outputs(self.go, found))
+        apart = torch.compiler.disable  # a compiled layer must not look into its router's hooks
+        module.register_forward_pre_hook(apart(enter), prepend=True)
+        module.register_forward_pre_hook(apart(entered))
+        module.register_forward_hook(apart(lambda _, __, found: outputs(self.pause, found)), prepend=True)
+        module.register_forward_hook(apart(lambda _, __, found: outputs(self.go, found)))
 
 
 def _with_gradient(values: tuple[Any, ...]) -> list[Tensor]:
