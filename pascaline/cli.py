@@ -131,8 +131,23 @@ def _show_standing(folder: Path, cost: dict[str, Any], as_json: bool) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Say what this machine has and what training will use on it."""
+def doctor(
+    recipe: Annotated[Path | None, typer.Option(help="say instead how much memory this recipe needs on each rank")] = None,
+    ranks: Annotated[int | None, typer.Option(help="processes of the recipe (default: its parallel.ranks, or 1)", min=1)] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="override a key: --set pretrain.micro_tokens=4096 (repeatable)")] = None,
+    per_host: Annotated[int | None, typer.Option(help="of them on a machine (default: at most 8; without CUDA all)", min=1)] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB that a device has (default: one of this machine)", min=0)] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine has and what training will use on it; or, with --recipe, what a recipe needs."""
+    if recipe is not None:
+        from pascaline.post import doctor as post_doctor
+        from pascaline.recipe import load, read_setting
+
+        parsed = load(recipe, dict(read_setting(s) for s in set or []))
+        needed = post_doctor.needs(parsed, ranks or parsed.parallel.ranks or 1, per_host, memory)
+        print(json.dumps(needed) if as_json else post_doctor.text(needed))
+        return
     from pascaline import device, runs
 
     chosen = device.choose()
@@ -251,7 +266,8 @@ def bench(
 
 
 def main() -> NoReturn:
-    """Entry point: a user's mistake is one sentence on stderr and exit code 2, Ctrl-C is 130; no traceback in either case."""
+    """Entry point: a user's mistake is one sentence on stderr and exit code 2, Ctrl-C is 130; no traceback in either case. What ends one
+    of several ranks is told with its number, before torchrun ends the others."""
     try:
         app(standalone_mode=True)
     except SystemExit as e:
@@ -266,15 +282,38 @@ def main() -> NoReturn:
         from pascaline.runs import disk_full
 
         if disk_full(e):
-            place = getattr(e, "filename", None) or "a file"
-            _stop(2, f"no space left on the device while writing {place}; free some and run the same command again.")
+            file = getattr(e, "filename", None) or "a file"
+            _stop(2, f"no space left on the device while writing {file}; free some and run the same command again.")
         if isinstance(e, OSError):
             _stop(2, f"{e.filename}: {(e.strerror or str(e)).lower()}." if e.filename else f"{e.strerror or e}.")
+        if _memory_full(e):
+            _stop(1, "out of memory; a smaller micro_tokens, activation_checkpointing or more ranks need less (pascaline doctor --recipe "
+                     "RECIPE --ranks N tells how much).")  # fmt: skip
+        if place()[1] > 1 and _left_alone(e):
+            _stop(1, "another rank is gone, and this one cannot go on without it; why, it says itself, or torchrun below.")
+        if place()[1] > 1:
+            _tell(f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}")
         raise
     sys.exit(0)
 
 
+def _memory_full(error: Exception) -> bool:
+    """A device's memory has a type of its own, the host's only its text."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _left_alone(error: Exception) -> bool:
+    """Whether it is about the connection to another rank: of torch.distributed, or of gloo, whose errors have no type of their own."""
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in str(error).lower()
+
+
 def _stop(code: int, message: str) -> NoReturn:
-    rank, _ = place()
-    print(f"pascaline{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
+    _tell(message, leader=code not in (1, 2))
     sys.exit(code)
+
+
+def _tell(message: str, leader: bool = False) -> None:
+    """A sentence on stderr, with the rank if there are several. leader: what all of them would say, the first one says for all."""
+    rank, size = place()
+    if not (rank and leader):
+        print(f"pascaline{f' (rank {rank})' if size > 1 and not leader else ''}: {message}", file=sys.stderr, flush=True)

@@ -34,6 +34,11 @@ def place() -> tuple[int, int]:
     return (int(os.environ["RANK"]), size) if size > 1 else (0, 1)
 
 
+def restarted() -> bool:
+    """Whether torchrun has started this process in place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def choose(device: "str | torch.device" = "auto") -> "torch.device":
     """The device named ("cpu", "cuda", "cuda:1", "mps"), or for "auto" CUDA where there is one, else the CPU.
 

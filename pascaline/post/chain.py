@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pascaline.device import best_dtype, choose, place
+from pascaline.device import best_dtype, choose, place, restarted
 from pascaline.errors import BadInput, nearest
 from pascaline.ledger import Attempt, cost, set_aside
 from pascaline.post.check import check, check_ranks, check_sinks
@@ -31,6 +31,7 @@ def run(
     BadInput for a mistake in the recipe or a folder of another recipe; Stopped on Ctrl-C, after saving.
     """
     parsed, out = load(recipe, overrides), Path(out)
+    fresh = fresh and not restarted()  # else what was begun afresh a moment ago would be set aside too
     if stage is not None and stage not in parsed.stages:
         raise BadInput(f"there is no stage '{stage}', only {', '.join(parsed.stages)}{nearest(stage, parsed.stages) or '.'}")
     if place()[0]:

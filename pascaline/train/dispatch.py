@@ -5,6 +5,7 @@ p (row, expert) pairs among them.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class Dispatch:
 
     def __init__(self, group: Any, each: int):
         self.group, self.size, self.each = group, dist.get_world_size(group), each
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext  # what a wait for the other ranks runs in
 
     @torch.compiler.disable  # other sizes each time, and the host must know them
     def __call__(self, here: Callable[..., Tensor], x_nD: Tensor, weight_nK: Tensor, index_nK: Tensor) -> Tensor:
@@ -44,24 +46,28 @@ class Dispatch:
     def _counts(self, sent_R: Tensor) -> tuple[list[int], list[int]]:
         """How many rows go to each rank and come from it: the host must know."""
         got_R = torch.empty_like(sent_R)
-        dist.all_to_all_single(got_R, sent_R, group=self.group)
+        with self.waiting():
+            dist.all_to_all_single(got_R, sent_R, group=self.group)
         sent, got = torch.stack((sent_R, got_R)).tolist()
         return sent, got
 
     def _move(self, rows: Tensor, sent: list[int], got: list[int]) -> Tensor:
-        return _Move.apply(rows, sent, got, self.group)
+        return _Move.apply(rows, sent, got, self.group, self.waiting)
 
 
 class _Move(torch.autograd.Function):
     """Rows in the order of the ranks that they are for -> rows in the order of the ranks that they come from; gradients go back."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, sent: list[int], got: list[int], group: Any) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.way = (got, sent, group)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, rows: Tensor, sent: list[int], got: list[int], group: Any, waiting: Callable[[], AbstractContextManager[None]]
+    ) -> Tensor:
+        ctx.way = (got, sent, group, waiting)
         out = rows.new_empty(sum(got), rows.shape[1])
-        dist.all_to_all_single(out, rows.contiguous(), got, sent, group)
+        with waiting():
+            dist.all_to_all_single(out, rows.contiguous(), got, sent, group)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return _Move.apply(grad, *ctx.way), None, None, None
+        return _Move.apply(grad, *ctx.way), None, None, None, None

@@ -25,14 +25,15 @@ from pascaline.progress import Progress
 from pascaline.recipe import Stage
 from pascaline.runs import Metrics, disk_full
 from pascaline.stopping import Interrupt
-from pascaline.train import checkpoint, losses, parallel, paths, quarantine, schedule
+from pascaline.train import checkpoint, losses, parallel, paths, quarantine, schedule, straggler
 from pascaline.train.guard import Guard, within
 from pascaline.train.optim import Optimizer
 from pascaline.train.parallel import ALONE, Ranks, Rows
 from pascaline.train.qkclip import QKClip
 from pascaline.train.sinks import Sinks
 
-SHOWN = ("reward", "accuracy", "response_tokens", "loss", "tokens_per_s", "gemm_share", "mfu", "grad_norm", "max_violation", "dead_experts")
+SHOWN = ("reward", "accuracy", "response_tokens", "loss", "tokens_per_s", "gemm_share", "mfu", "grad_norm", "max_violation", "dead_experts",
+         "slowest_per_median")  # fmt: skip
 
 
 class Source(Protocol):
@@ -58,6 +59,7 @@ class Launched:
     names: dict[str, torch.Size]
     values: Tensor
     arrived: torch.Event | None
+    own: straggler.Spans
 
 
 class Trainer:
@@ -84,6 +86,8 @@ class Trainer:
         self.flops_per_token = 6.0 * active_parameters(model)
         # Runs a function of the model where its weights are whole.
         self.on_model = partial(_call, model) if ranks.size == 1 else parallel.shard(model, dtype, ranks, first)
+        self.stopwatch = straggler.Stopwatch(model) if ranks.size > 1 else None
+        self.stragglers = straggler.Stragglers()
         self.optimizer = Optimizer(model, stage, dtype, ranks)
         self.clipping = QKClip(model, self.optimizer, stage.qk_clip)
         self.routers = model.routers()
@@ -137,7 +141,11 @@ class Trainer:
     def _launch(self, source: Source, step: int, steps: int, interrupt: Interrupt) -> None:
         """One optimizer step, without waiting for the device."""
         began = time.perf_counter()
+        if self.stopwatch:
+            self.stopwatch.start()
         batches = source.step(step + self.guard.shift)
+        if self.stopwatch:
+            self.stopwatch.pause()
         total = self._totals(batches)
         row: dict[str, Any] = {**source.facts, "tokens": int(total["tokens"])}
         rule = replace(self.rule, mtp=schedule.mtp_weight(self.stage, step, steps) if self.rule.mtp else 0.0)
@@ -158,7 +166,8 @@ class Trainer:
         values["asked"] = self.ranks.sum(torch.full((), float(interrupt.requested), device=self.model.device))
         flat, arrived = _to_host(torch.cat([value.detach().flatten().float() for value in values.values()]))
         names = {name: value.shape for name, value in values.items()}
-        self.launched.append(Launched(step, began, row, batches, limits, names, flat, arrived))
+        own = self.stopwatch.spans if self.stopwatch else []
+        self.launched.append(Launched(step, began, row, batches, limits, names, flat, arrived, own))
 
     def _totals(self, batches: list[Batch]) -> dict[str, float]:
         """The weight of each stream over all ranks' batches of a step, and their tokens."""
@@ -192,6 +201,8 @@ class Trainer:
             row = self._read(one.row, told)
             if "loss" in told:
                 self._judge(source, one, row, progress)
+            if self.stopwatch:
+                row |= self._compare(one.own, progress)
             self._count(one, row, progress)
         return asked
 
@@ -227,6 +238,15 @@ class Trainer:
         if self.ranks.leader:
             quarantine.record(self.folder / "quarantine.jsonl", {"step": one.step, "reason": reason, "documents": documents})
         progress.note(f"step {one.step} skipped, {reason} (loss {row['loss']:.3g}, gradient norm {row['grad_norm']:.3g})")
+
+    def _compare(self, own: straggler.Spans, progress: Progress) -> dict[str, Any]:
+        """How long each rank took for its own work in a step."""
+        times = self.ranks.gather(straggler.seconds(own))
+        ratio, note = self.stragglers.judge(times)
+        if note:
+            progress.note(note)
+        shown = {"slowest_per_median": round(ratio, 3)} if ratio >= straggler.SHOWN else {}
+        return {"rank_seconds": [float(f"{seconds:.4g}") for seconds in times], **shown}
 
     def _count(self, one: Launched, row: dict[str, Any], progress: Progress) -> None:
         """Add the step to the totals, the metrics and the progress line."""

@@ -7,6 +7,8 @@ that they see and in nothing else: losses, norms, loads and decisions are those 
 
 import atexit
 import os
+import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -102,7 +104,7 @@ def start(device: torch.device, experts: int = 1) -> Ranks:
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo" if device.type == "cpu" else None)
+        dist.init_process_group("gloo" if device.type == "cpu" else None, store=_meet(rank, size), rank=rank, world_size=size)
         atexit.register(dist.destroy_process_group)  # its threads abort a process that ends with them running
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("data",))
     return Ranks(rank, size, mesh, dist.new_group(backend="gloo", timeout=PATIENCE), experts)
@@ -118,6 +120,27 @@ def _grid(kind: str, size: int, experts: int) -> DeviceMesh:
 def grid(ranks: Ranks) -> DeviceMesh:
     assert ranks.mesh is not None
     return _grid(ranks.mesh.device_type, ranks.size, ranks.experts)
+
+
+def _meet(rank: int, size: int) -> dist.Store:
+    """A store of these processes alone. torchrun restarts them with the store that the dead ones had, whose addresses still stand there
+    (pytorch issue 135712), and a restart's number is not the same on all nodes: so the leader draws a word that is new."""
+    store, *_ = next(dist.rendezvous("env://", rank, size))
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello/{rank}", own)
+        word = store.get(f"answer/{own}").decode()  # waits
+        store.set(f"{word}/{rank}", "heard")
+        return dist.PrefixStore(word, store)
+    missing = set(range(1, size))
+    while missing:  # who says hello may be dead; the living one says it later
+        for other in sorted(missing):
+            if store.check([f"{own}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", own)
+        time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
 class _Whole(nn.Module):

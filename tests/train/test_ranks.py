@@ -260,3 +260,38 @@ def test_a_damaged_share_is_passed_over_by_all(tmp_path):
     samples(tmp_path)
     assert together(2, tmp_path, steps=6) == ["", ""]
     assert sorted(samples(tmp_path)) == [3, 4, 5]
+
+
+def slowed(ranks: parallel.Ranks, folder: Path, nap: float = 0.02, recomputed: bool = False) -> None:
+    """The second rank takes a nap in the attention of each layer, forward and backward."""
+    one = trainer(folder, ranks=ranks, activation_checkpointing=recomputed)
+    if ranks.rank == 1 and nap:
+        for layer in one.model.model.layers:
+            layer.self_attn.register_forward_hook(lambda *_: time.sleep(nap))
+            layer.self_attn.register_full_backward_hook(lambda *_: time.sleep(nap))
+    one.run(loader(ranks), 24, quiet=True)
+
+
+@pytest.mark.parametrize("recomputed, naps", [(False, 6), (True, 8)])  # of two layers and the MTP module, which is not recomputed
+def test_a_slow_rank_stands_out_and_those_that_wait_for_it_do_not(recomputed, naps, tmp_path):
+    assert together(3, tmp_path, "slowed", recomputed=recomputed) == ["", "", ""]
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    own, lost = np.median([row["rank_seconds"] for row in found], 0), naps * 0.02
+    assert lost <= own[1] < 1.5 * lost and max(own[0], own[2]) < 0.5 * lost
+    assert np.median([row["slowest_per_median"] for row in found]) > 2
+
+
+def test_waiting_for_tokens_is_no_work(tmp_path):
+    """One rank is slow, and the other waits for what its experts make of the tokens."""
+    assert together(2, tmp_path, "slowed", experts=2) == ["", ""]
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    own = np.median([row["rank_seconds"] for row in found], 0)
+    assert own[1] >= 0.12 and own[0] < 0.06
+
+
+def test_the_time_of_all_ranks_is_in_every_row(tmp_path):
+    assert together(2, tmp_path, "slowed", nap=0.0) == ["", ""]
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    walls = np.diff([0.0, *(row["seconds"] for row in found)])
+    shares = np.array([row["rank_seconds"] for row in found]) / walls[:, None]
+    assert shares.shape == (24, 2) and (shares > 0).all() and (shares < 1).all()

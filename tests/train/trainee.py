@@ -74,7 +74,7 @@ def trainer(folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, sha
 def rows(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what the clock decides."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in found]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", "rank_seconds", "slowest_per_median")} for row in found]
 
 
 def weights(folder: Path) -> bytes:
