@@ -81,8 +81,9 @@ def text(found: dict[str, Any]) -> str:
     names = list(found["stages"])
     rows = [["on each rank", *names]] + [[kind, *(size(found["stages"][name][kind]) for name in names)] for kind in KINDS]
     place = "a device" if found["device"] == "cuda" else "a rank"
+    shared = f", of which {found['experts']} share out the experts" if found["experts"] > 1 else ""
     lines = [
-        f"{found['ranks']} ranks ({found['experts']} share out the experts), {found['device']}, {found['dtype']}",
+        f"{found['ranks']} rank{'s' * (found['ranks'] > 1)}{shared}; {found['device']}, {found['dtype']}",
         "",
         aligned(rows),
         "",

@@ -104,7 +104,7 @@ def test_every_stage_says_where_it_came_from(tiny_run: Path) -> None:
 def test_pretraining_gets_the_tokens_it_was_promised(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that do not divide a step must not shorten the training."""
     recipe = load(tiny_run / "recipe.toml", {"pretrain.tokens": 10_000, "pretrain.tokens_per_step": 500, "pretrain.sequence_length": 200})
-    monkeypatch.setattr(stages, "_train", lambda run, name, model, source, steps: {"steps": steps})
+    monkeypatch.setattr(stages, "_train", lambda run, name, model, source, steps, first: {"steps": steps})
     assert stages.pretrain(stages.Run(recipe, tiny_run, torch.device("cpu"), torch.float32)) == {"steps": 25}  # of two rows each
 
 

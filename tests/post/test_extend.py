@@ -88,7 +88,7 @@ def test_the_later_stages_start_from_the_longer_model(extended: Path) -> None:
 
 
 def test_sft_starts_from_the_longer_model(extended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def caught(run: stages.Run, name: str, model: Any, source: Any, steps: int) -> dict[str, Any]:
+    def caught(run: stages.Run, name: str, model: Any, source: Any, steps: int, first: Any) -> dict[str, Any]:
         expected = hf.load(extended / "04-extend" / "model").state_dict()
         assert all(torch.equal(found, expected[key]) for key, found in model.state_dict().items())
         return {"name": name}
@@ -149,7 +149,7 @@ def test_no_batch_holds_a_held_out_document(extended: Path, monkeypatch: pytest.
     assert 0.2 < len(held_out) / shards.documents < 0.6
     met: dict[str, set[int]] = {}
 
-    def caught(run: stages.Run, name: str, model: Any, loader: Any, steps: int) -> dict[str, Any]:
+    def caught(run: stages.Run, name: str, model: Any, loader: Any, steps: int, first: Any) -> dict[str, Any]:
         for step in range(loader.epoch_size(0) // loader.rows + 1):  # an epoch and a bit: every document that there is
             met.setdefault(name, set()).update(sample["document"] for batch in loader.documents(step) for sample in batch.values())
         return {"seconds": 0.0, "flops": 0.0}

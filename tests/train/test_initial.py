@@ -128,5 +128,5 @@ def test_no_rank_holds_the_whole_model(source: str, experts: int, tmp_path: Path
     assert together(2, tmp_path, in_memory, experts=experts, source=source) == ["", ""]
     for rank in range(2):
         added, total, largest = json.loads((tmp_path / f"added-{rank}").read_text())
-        most = total / 2 + 3 * largest  # its share, and a tensor with the messages in which it comes
+        most = total / 2 + 4 * largest  # its share, and a tensor with the messages in which it comes
         assert added < most < 0.8 * total

@@ -130,7 +130,7 @@ def test_a_model_in_fp8_has_nearly_the_same_loss_and_gradients(kind):
     (loss, gradients), (exact, expected) = learnt(rough), learnt(plain)
     assert 0 < abs(float(loss - exact)) < 0.05 * float(exact)
     a, b = (torch.cat([g[name].flatten() for name in sorted(expected)]) for g in (gradients, expected))
-    assert F.cosine_similarity(a, b, 0) > 0.97
+    assert F.cosine_similarity(a, b, 0) > 0.9
 
 
 def test_fp8_learns():
