@@ -29,6 +29,12 @@ def test_what_fits(ranks: int, experts: int) -> None:
     check_ranks(recipe(parallel__experts=experts), ranks)
 
 
+@pytest.mark.parametrize("ranks, replicas, experts", [(2, 2, 1), (8, 2, 4), (8, 4, 2), (12, 3, 4)])
+def test_more_ranks_than_experts_fit_in_replicas(ranks: int, replicas: int, experts: int) -> None:
+    many = {"pretrain__tokens_per_step": 256 * ranks, "sft__tokens_per_step": 64 * ranks}
+    check_ranks(recipe(parallel__experts=experts, parallel__replicas=replicas, **many), ranks)
+
+
 @pytest.mark.parametrize(
     "size, changes, told",
     [
@@ -43,6 +49,16 @@ def test_what_fits(ranks: int, experts: int) -> None:
         (3, {"parallel__experts": 3}, r"parallel.experts = 3 does not divide the 4 experts of a layer; 1, 2 or 4 do"),
         (2, {"parallel__experts": 2, **DENSE}, r"parallel.experts = 2, but no layer"),
         (5, {"pretrain__tokens_per_step": 4096}, r"5 ranks are more than the 4 experts.*start 4 ranks at most"),
+        (8, {}, r"8 ranks are more than the 4 experts.*start 4 ranks at most, or set parallel.replicas = 2 \(groups of 4 that hold"),
+        (12, {"parallel__experts": 2}, r"start 4 ranks at most, or set parallel.replicas = 3 \(groups of 4"),
+        (24, {"parallel__replicas": 2}, r"12 ranks in each of 2 replicas are more.*start 8 ranks at most, or set parallel.replicas = 6"),
+        (8, {"parallel__replicas": 3}, r"parallel.replicas = 3 needs.*are 8: .*--nproc-per-node=3 .*set it to 2, 4 or 8\."),
+        (1, {"parallel__replicas": 2}, r"parallel.replicas = 2 needs.*is one process: .*--nproc-per-node=2 .*set it to 1\."),
+        (
+            6,
+            {"parallel__replicas": 2, "parallel__experts": 2},
+            r"parallel.experts = 2 needs.*it in each of 2 replicas, and here are 3: .*--nproc-per-node=4 .*set it to 1\.",
+        ),
         (33, DENSE, r"33 ranks are more than the 32 rows"),
         (
             4,
@@ -77,4 +93,4 @@ def test_under_torchrun_it_is_one_sentence(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_another_mesh(tmp_path: Path) -> None:
     pascaline.run(COIN, out=tmp_path / "run", overrides={"parallel.ranks": 1}, stage="corpus", quiet=True)
     pascaline.run(COIN, out=tmp_path / "run", stage="tokenizer", quiet=True)
-    assert (read_json(tmp_path / "run" / "recipe.json") or {})["parallel"] == {"ranks": 0, "experts": 1}
+    assert (read_json(tmp_path / "run" / "recipe.json") or {})["parallel"] == {"ranks": 0, "experts": 1, "replicas": 1}
