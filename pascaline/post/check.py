@@ -96,18 +96,12 @@ def _replicas(size: int, most: int, experts: int) -> list[int]:
 
 
 def _check_rows(name: str, stage: Pretrain | Extend | Sft, size: int) -> None:
-    """Each rank must get rows of a step: they are dealt out evenly, the last ranks may have fewer."""
+    """Each rank must get a row of a step."""
     row = stage.length if isinstance(stage, Extend) and not stage.sequence_length else stage.sequence_length
     rows = max(stage.tokens_per_step // row, 1)
-    if busy(rows, size) < size:
-        fits = _listed(n for n in range(1, min(rows, size) + 1) if busy(rows, n) == n)
+    if rows < size:
         raise BadInput(f"{name}.tokens_per_step = {stage.tokens_per_step} is {rows} row{'s' * (rows > 1)} of {row} tokens: of {size} ranks "
-                       f"{size - busy(rows, size)} would have none; start {fits}, or raise it to {size * row}.")  # fmt: skip
-
-
-def busy(rows: int, size: int) -> int:
-    """How many of `size` ranks have any of the rows."""
-    return -(-rows // -(-rows // size))
+                       f"{size - rows} would have none; start {rows} at most, or raise it to {size * row}.")  # fmt: skip
 
 
 def _are(size: int) -> str:
