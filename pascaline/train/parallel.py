@@ -58,7 +58,8 @@ class Ranks:
         """The mesh in words."""
         own = self.size // self.replicas
         way = f" (among {self.experts}, each one's over {own // self.experts})" if 1 < self.experts < own else ""
-        apart = f"experts over {own}{way} by all-to-all, the rest over {own}" if self.experts > 1 else f"all over {own}"
+        alike = f"all over {own}" if own > 1 else "the whole model on each"
+        apart = f"experts over {own}{way} by all-to-all, the rest over {own}" if self.experts > 1 else alike
         return f"{self.size} ranks: {f'{self.replicas} replicas of {own}, ' if self.replicas > 1 else ''}{apart}"
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -72,6 +72,20 @@ def test_fifty_steps_alone_and_in_two_replicas(kind: str, tmp_path: Path) -> Non
     assert samples(tmp_path / "one") == samples(tmp_path / "two")
 
 
+@pytest.mark.parametrize(
+    "size, experts, replicas, told",
+    [
+        (16, 8, 1, "16 ranks: experts over 16 (among 8, each one's over 2) by all-to-all, the rest over 16"),
+        (8, 2, 2, "8 ranks: 2 replicas of 4, experts over 4 (among 2, each one's over 2) by all-to-all, the rest over 4"),
+        (4, 2, 2, "4 ranks: 2 replicas of 2, experts over 2 by all-to-all, the rest over 2"),
+        (4, 1, 2, "4 ranks: 2 replicas of 2, all over 2"),
+        (2, 1, 2, "2 ranks: 2 replicas of 1, the whole model on each"),
+    ],
+)
+def test_the_mesh_in_words(size: int, experts: int, replicas: int, told: str) -> None:
+    assert str(parallel.Ranks(0, size, experts=experts, replicas=replicas)) == told
+
+
 def alike(ranks: parallel.Ranks, folder: Path, steps: int, **settings: Any) -> None:
     """Train; the replicas end with the same bits: weights, moments and biases."""
     one = trainer(folder, ranks=ranks, **settings)
