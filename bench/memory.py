@@ -42,6 +42,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("mini", 2, {"activation_checkpointing": True, "optimizer": "muon"}),
     ("mini", 2, {"dtype": "bfloat16"}),
     ("mini", 2, {"experts": 2}),
+    ("mini", 2, {"replicas": 2}),
     ("mini", 1, {"sequence_length": 1024}),
     ("small", 1, {"micro_tokens": 1024, "activation_checkpointing": True}),
     ("small", 1, {"micro_tokens": 1024, "dtype": "bfloat16", "optimizer": "muon"}),
@@ -49,9 +50,12 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-def plan(preset: str, ranks: int, dtype: str = "float32", experts: int = 1, model: Any = None, **stage: Any) -> memory.Plan:
+def plan(
+    preset: str, ranks: int, dtype: str = "float32", experts: int = 1, replicas: int = 1, model: Any = None, **stage: Any
+) -> memory.Plan:
     table = Pretrain(**{"sequence_length": 256, "micro_tokens": 2048, "tokens_per_step": 4096 * ranks, **stage})
-    return memory.Plan(from_recipe({"preset": preset, **(model or {})}), table, ranks, experts, DTYPES[dtype].itemsize)
+    config = from_recipe({"preset": preset, **(model or {})})
+    return memory.Plan(config, table, ranks, experts, DTYPES[dtype].itemsize, replicas=replicas)
 
 
 def steps(case: memory.Plan, ranks: parallel.Ranks, folder: Path) -> None:
@@ -73,7 +77,7 @@ def child(rank: int, case: memory.Plan, port: int, watched: bool, send: Any) -> 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    ranks = parallel.start(torch.device("cpu"), case.experts)
+    ranks = parallel.start(torch.device("cpu"), case.experts, case.replicas)
     case.weights  # noqa: B018 (torch's own first-time memory)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with (

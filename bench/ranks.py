@@ -1,6 +1,6 @@
 """What several processes on one machine cost: tokens per second of training steps of one global batch by one process with one thread and
-with two, and by two ranks of one thread each (gloo) that share out the data only, or the experts too. The variants take turns, each time
-in new processes; a turn's number is the median over its steps."""
+with two, and by two ranks of one thread each (gloo) that share out the data only, or the experts too, or are replicas. The variants take
+turns, each time in new processes; a turn's number is the median over its steps."""
 
 import argparse
 import os
@@ -25,17 +25,18 @@ from pascaline.train.losses import Loss
 
 ROWS, LENGTH, MICRO = 16, 256, 8
 WARM = 3  # steps of a turn that do not count
-VARIANTS = {  # ranks, of which so many share out the experts, threads of each
-    "one process, 1 thread": (1, 1, 1),
-    "one process, 2 threads": (1, 1, 2),
-    "2 ranks, data": (2, 1, 1),
-    "2 ranks, experts": (2, 2, 1),
+VARIANTS = {  # ranks, of which so many share out the experts, replicas, threads of each rank
+    "one process, 1 thread": (1, 1, 1, 1),
+    "one process, 2 threads": (1, 1, 1, 2),
+    "2 ranks, data": (2, 1, 1, 1),
+    "2 ranks, experts": (2, 2, 1, 1),
+    "2 ranks, replicas": (2, 1, 2, 1),
 }
 
 
-def work(folder: Path, experts: int, steps: int) -> None:
+def work(folder: Path, experts: int, replicas: int, steps: int) -> None:
     """Train in this process, or with the other ranks; tokens_per_s of each step goes to folder/metrics.jsonl."""
-    ranks = parallel.start(torch.device("cpu"), experts)
+    ranks = parallel.start(torch.device("cpu"), experts, replicas)
     draw = np.random.default_rng(0)
     texts = [Sample(draw.integers(0, CONFIG.vocab_size, LENGTH), {"ce": np.ones(LENGTH, np.float32)}) for _ in range(4 * ROWS)]
     source = Loader(ListSamples(texts), LENGTH, ROWS, MICRO, 0, seed=0, rank=ranks.rank, ranks=ranks.size)
@@ -44,11 +45,12 @@ def work(folder: Path, experts: int, steps: int) -> None:
     trainer.run(source, steps, quiet=True)
 
 
-def turn(size: int, experts: int, threads: int, steps: int) -> float:
+def turn(size: int, experts: int, replicas: int, threads: int, steps: int) -> float:
     """Tokens per second of a variant, in new processes."""
     with tempfile.TemporaryDirectory() as folder:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
-        command = [sys.executable, *torchrun, __file__, "--work", folder, "--experts", str(experts), "--steps", str(steps)]
+        mesh = ["--experts", str(experts), "--replicas", str(replicas)]
+        command = [sys.executable, *torchrun, __file__, "--work", folder, *mesh, "--steps", str(steps)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -63,10 +65,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12, help="of a turn")
     parser.add_argument("--work", help=argparse.SUPPRESS)
-    parser.add_argument("--experts", type=int, default=1, help=argparse.SUPPRESS)
+    for mesh in ("--experts", "--replicas"):
+        parser.add_argument(mesh, type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(Path(options.work), options.experts, options.steps)
+        work(Path(options.work), options.experts, options.replicas, options.steps)
         return
     rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(options.rounds):

@@ -185,10 +185,12 @@ class Ledger(Table):
 
 class Parallel(Table):
     """Several processes (docs/training.md). ranks: how many the recipe is for, 0 for any number; experts: how many of them share out the
-    experts of a layer among them (expert parallelism), the rest of the model is cut over all."""
+    experts of a layer among them (expert parallelism), the rest of the model is cut over all; replicas: into so many groups the ranks are
+    divided first, each with the whole model."""
 
     ranks: int = Field(0, ge=0)
     experts: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1)
 
 
 class Recipe(Table):

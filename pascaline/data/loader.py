@@ -73,8 +73,8 @@ class Loader:
     row: tokens a row; rows: rows an optimizer step, after the steps of `ramp`, which have so many each; micro: rows a micro-batch.
     Row g of the run is the same whatever the number of ranks, the size of a micro-batch or of a step.
 
-    rank, ranks: this process's share of each step's rows. All shares have as many rows and micro-batches, the last ones perhaps
-    empty, because the ranks compute together.
+    rank, ranks: this process's share of each step's rows. All shares have as many rows and micro-batches, because the ranks compute
+    together: where they do not come out even, some have an empty row.
     """
 
     def __init__(
@@ -132,10 +132,9 @@ class Loader:
 
     def _rows(self, step: int) -> list[list[int]]:
         """The samples of each of this rank's rows of a step."""
-        start, stop = self._start(step), self._start(step + 1)
-        each = -(-(stop - start) // self.ranks)
-        first = start + self.rank * each
-        return [self._row(g) if g < stop else [] for g in range(first, first + each)]
+        start, count = self._start(step), self._start(step + 1) - self._start(step)
+        first, stop = (start + rank * count // self.ranks for rank in (self.rank, self.rank + 1))
+        return [self._row(g) if g < stop else [] for g in range(first, first - (-count // self.ranks))]
 
     def _start(self, step: int) -> int:
         past = step - (len(self.starts) - 1)

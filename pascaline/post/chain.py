@@ -89,7 +89,7 @@ def _ranks(recipe: Recipe) -> Any:
     """The processes that torchrun started, if it did."""
     from pascaline.train import parallel
 
-    return parallel.start(choose(recipe.device), recipe.parallel.experts)
+    return parallel.start(choose(recipe.device), recipe.parallel.experts, recipe.parallel.replicas)
 
 
 def _dismiss(recipe: Recipe) -> None:

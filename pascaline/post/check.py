@@ -69,31 +69,39 @@ def check_ranks(recipe: Recipe, size: int) -> None:
     if experts % table.experts:
         fits = _listed(n for n in range(1, experts + 1) if experts % n == 0)
         raise BadInput(f"parallel.experts = {table.experts} does not divide the {experts} experts of a layer; {fits} do.")
-    if size % table.experts:
-        fits = _listed(n for n in range(1, size + 1) if size % n == 0 and not experts % n)
-        raise BadInput(f"parallel.experts = {table.experts} needs as many ranks or a multiple of it, and here {_are(size)}: start it with "
-                       f"torchrun --nproc-per-node={table.experts} -m pascaline run ..., or set it to {fits}.")  # fmt: skip
-    if size > (most := experts or config.hidden_size):
+    most, least = experts or config.hidden_size, table.replicas * table.experts  # ranks of a replica, of all
+    if size % table.replicas:
+        fits = _listed(_replicas(size, most, table.experts) or [1])
+        raise BadInput(f"parallel.replicas = {table.replicas} needs as many ranks or a multiple of it, and here {_are(size)}: start it "
+                       f"with torchrun --nproc-per-node={least} -m pascaline run ..., or set it to {fits}.")  # fmt: skip
+    own, of = size // table.replicas, f" in each of {table.replicas} replicas" if table.replicas > 1 else ""
+    if own % table.experts:
+        fits = _listed(n for n in range(1, own + 1) if own % n == 0 and not experts % n)
+        raise BadInput(f"parallel.experts = {table.experts} needs as many ranks or a multiple of it{of}, and here {_are(own)}: start it "
+                       f"with torchrun --nproc-per-node={least} -m pascaline run ..., or set it to {fits}.")  # fmt: skip
+    if own > most:
         what = "experts of a layer" if experts else "rows of a layer's weights (model.hidden_size)"
-        raise BadInput(f"{size} ranks are more than the {most} {what}: some would hold nothing of it; start {most} ranks at most.")
+        more = next(iter(_replicas(size, most, table.experts)), 0)
+        instead = f", or set parallel.replicas = {more} (groups of {size // more} that hold the whole model each)" if more else ""
+        raise BadInput(f"{own} ranks{of} are more than the {most} {what}: some would hold nothing of it; start {most * table.replicas} "
+                       f"ranks at most{instead}.")  # fmt: skip
     for name in ("pretrain", "extend", "sft"):
         if (stage := getattr(recipe, name)) is not None:
             _check_rows(name, stage, size)
 
 
+def _replicas(size: int, most: int, experts: int) -> list[int]:
+    """Into how many replicas `size` ranks can be divided, of `most` ranks at most and a multiple of `experts`."""
+    return [n for n in range(1, size + 1) if size % n == 0 and size // n <= most and not size // n % experts]
+
+
 def _check_rows(name: str, stage: Pretrain | Extend | Sft, size: int) -> None:
-    """Each rank must get rows of a step: they are dealt out evenly, the last ranks may have fewer."""
+    """Each rank must get a row of a step."""
     row = stage.length if isinstance(stage, Extend) and not stage.sequence_length else stage.sequence_length
     rows = max(stage.tokens_per_step // row, 1)
-    if busy(rows, size) < size:
-        fits = _listed(n for n in range(1, min(rows, size) + 1) if busy(rows, n) == n)
+    if rows < size:
         raise BadInput(f"{name}.tokens_per_step = {stage.tokens_per_step} is {rows} row{'s' * (rows > 1)} of {row} tokens: of {size} ranks "
-                       f"{size - busy(rows, size)} would have none; start {fits}, or raise it to {size * row}.")  # fmt: skip
-
-
-def busy(rows: int, size: int) -> int:
-    """How many of `size` ranks have any of the rows."""
-    return -(-rows // -(-rows // size))
+                       f"{size - rows} would have none; start {rows} at most, or raise it to {size * row}.")  # fmt: skip
 
 
 def _are(size: int) -> str:

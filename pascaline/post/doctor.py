@@ -32,7 +32,8 @@ def needs(recipe: Recipe, ranks: int, per_host: int | None = None, memory: float
     host = each * max(max(kinds["host copy"] + (0 if cuda else kinds["peak"]), kinds["start"]) for kinds in stages.values())
     room = memory * 2**30 if memory else _room(cuda, each)
     return {
-        "ranks": ranks, "experts": recipe.parallel.experts, "device": "cuda" if cuda else "cpu", "dtype": dtype, "ranks_per_host": each,
+        "ranks": ranks, "replicas": recipe.parallel.replicas, "experts": recipe.parallel.experts, "device": "cuda" if cuda else "cpu",
+        "dtype": dtype, "ranks_per_host": each,
         "stages": stages, "device_bytes": device, "host_bytes": host, "room_bytes": room,
         "fits": None if room is None else (device if cuda else host // each) <= room, "savings": _savings(recipe, plans, stages),
     }  # fmt: skip
@@ -40,8 +41,10 @@ def needs(recipe: Recipe, ranks: int, per_host: int | None = None, memory: float
 
 def plan(recipe: Recipe, name: str, ranks: int, size: int, host: bool) -> Plan:
     """Stages that one rank does alone have no others to share with."""
-    config, together = model_config(recipe, recipe.tokenizer.vocab_size), name in TOGETHER
-    return Plan(config, getattr(recipe, name), ranks if together else 1, recipe.parallel.experts if together else 1, size, host)
+    config, stage, mesh = model_config(recipe, recipe.tokenizer.vocab_size), getattr(recipe, name), recipe.parallel
+    if name not in TOGETHER:
+        return Plan(config, stage, size=size, host=host)
+    return Plan(config, stage, ranks, mesh.experts, size, host, mesh.replicas)
 
 
 def _room(cuda: bool, each: int) -> float | None:
@@ -71,7 +74,7 @@ def _savings(recipe: Recipe, plans: dict[str, Plan], stages: dict[str, dict[str,
                 check_ranks(recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"ranks": 0})}), ranks)
         except BadInput:
             continue
-        other = Plan(one.config, one.stage.model_copy(update=update), ranks, one.experts, one.size, one.host)
+        other = Plan(one.config, one.stage.model_copy(update=update), ranks, one.experts, one.size, one.host, one.replicas)
         out.append({"change": change, "bytes": stages[name]["peak"] - peak(other)["peak"]})
     return sorted(out, key=lambda saving: -saving["bytes"])
 
@@ -81,9 +84,10 @@ def text(found: dict[str, Any]) -> str:
     names = list(found["stages"])
     rows = [["on each rank", *names]] + [[kind, *(size(found["stages"][name][kind]) for name in names)] for kind in KINDS]
     place = "a device" if found["device"] == "cuda" else "a rank"
-    shared = f", of which {found['experts']} share out the experts" if found["experts"] > 1 else ""
+    mesh = [f"{found['replicas']} replicas"] * (found["replicas"] > 1)
+    mesh += [f"experts shared out among {found['experts']}"] * (found["experts"] > 1)
     lines = [
-        f"{found['ranks']} rank{'s' * (found['ranks'] > 1)}{shared}; {found['device']}, {found['dtype']}",
+        f"{found['ranks']} rank{'s' * (found['ranks'] > 1)}{', '.join(['', *mesh])}; {found['device']}, {found['dtype']}",
         "",
         aligned(rows),
         "",

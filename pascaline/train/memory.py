@@ -24,8 +24,9 @@ ROOT = -1  # embedding, head and last norm: no layer's
 
 @dataclass(frozen=True)
 class Plan:
-    """A training stage on `ranks` processes, of which `experts` share out the experts of a layer. size: bytes of a number in the compute
-    dtype; host: whether the CPU computes, whose attention and experts keep other things than a GPU's kernels."""
+    """A training stage on `ranks` processes, of which `experts` share out the experts of a layer, in `replicas` that hold the whole model
+    each. size: bytes of a number in the compute dtype; host: whether the CPU computes, whose attention and experts keep other things
+    than a GPU's kernels."""
 
     config: ModelConfig
     stage: Stage
@@ -33,6 +34,7 @@ class Plan:
     experts: int = 1
     size: int = 4
     host: bool = True
+    replicas: int = 1
 
     @property
     def row(self) -> int:
@@ -80,7 +82,7 @@ class Plan:
 
 def _cut(name: str, shape: tuple[int, ...], plan: Plan) -> int:
     apart = plan.experts if ".experts." in name else 1
-    return ceil(shape[0] // apart / (plan.ranks // apart)) * prod(shape[1:])
+    return ceil(shape[0] // apart / (plan.ranks // plan.replicas // apart)) * prod(shape[1:])
 
 
 def peak(plan: Plan) -> dict[str, int]:

@@ -113,9 +113,9 @@ class Optimizer:
             parameter.grad = None
 
     def norm(self) -> Tensor:
-        """The norm of all collected gradients, of all ranks."""
+        """The norm of all collected gradients, of all ranks; replicas hold the same ones, which count once."""
         own = torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
-        return self.ranks.sum(own.square()).sqrt() if self.ranks.size > 1 else own
+        return (self.ranks.sum(own.square()) / self.ranks.replicas).sqrt() if self.ranks.size > 1 else own
 
     @torch.no_grad()
     def step(self, lr: float, norm: Tensor, fine: Tensor | None = None) -> None:

@@ -1,7 +1,8 @@
 """Several processes that train one model together (torchrun), or this one alone: FSDP2 and expert parallelism on torch.distributed.
 
 Each rank holds a share of the rows of every weight, gradient and moment; a layer's weights are put together while it computes, but its
-experts only among the ranks that hold the same ones: tokens go to the others (train/dispatch.py). Ranks differ in the rows of a batch
+experts only among the ranks that hold the same ones: tokens go to the others (train/dispatch.py). Replicas are groups of ranks that hold
+the whole model each: only gradients, which are added up over all of them, go from one to another. Ranks differ in the rows of a batch
 that they see and in nothing else: losses, norms, loads and decisions are those of all of them.
 """
 
@@ -34,13 +35,14 @@ PATIENCE = timedelta(days=30)  # ranks wait for stages that one of them does alo
 @dataclass(frozen=True)
 class Ranks:
     """Who trains. mesh: of their devices; hosts: the group in which their hosts talk, no two threads at a time; experts: so many of them,
-    neighbours, share out the experts of a layer."""
+    neighbours, share out the experts of a layer; replicas: groups of neighbours, each with the whole model."""
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
     hosts: Any = field(default=None, repr=False)
     experts: int = 1
+    replicas: int = 1
 
     @property
     def leader(self) -> bool:
@@ -54,10 +56,11 @@ class Ranks:
 
     def __str__(self) -> str:
         """The mesh in words."""
-        each = self.size // self.experts
-        way = f" (among {self.experts}, each one's over {each})" if 1 < self.experts < self.size else ""
-        apart = f"experts over {self.size}{way} by all-to-all, the rest over {self.size}" if self.experts > 1 else f"all over {self.size}"
-        return f"{self.size} ranks: {apart}"
+        own = self.size // self.replicas
+        way = f" (among {self.experts}, each one's over {own // self.experts})" if 1 < self.experts < own else ""
+        alike = f"all over {own}" if own > 1 else "the whole model on each"
+        apart = f"experts over {own}{way} by all-to-all, the rest over {own}" if self.experts > 1 else alike
+        return f"{self.size} ranks: {f'{self.replicas} replicas of {own}, ' if self.replicas > 1 else ''}{apart}"
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` added up over the ranks, in place."""
@@ -96,8 +99,9 @@ class Ranks:
 ALONE = Ranks()
 
 
-def start(device: torch.device, experts: int = 1) -> Ranks:
-    """Meet the other processes that torchrun started, of which so many share out the experts. Without torchrun, ALONE."""
+def start(device: torch.device, experts: int = 1, replicas: int = 1) -> Ranks:
+    """Meet the other processes that torchrun started, of which so many share out the experts, in so many replicas. Without torchrun,
+    ALONE."""
     rank, size = place()
     if size == 1:
         return ALONE
@@ -107,19 +111,28 @@ def start(device: torch.device, experts: int = 1) -> Ranks:
         dist.init_process_group("gloo" if device.type == "cpu" else None, store=_meet(rank, size), rank=rank, world_size=size)
         atexit.register(dist.destroy_process_group)  # its threads abort a process that ends with them running
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("data",))
-    return Ranks(rank, size, mesh, dist.new_group(backend="gloo", timeout=PATIENCE), experts)
+    return Ranks(rank, size, mesh, dist.new_group(backend="gloo", timeout=PATIENCE), experts, replicas)
 
 
 @cache
-def _grid(kind: str, size: int, experts: int) -> DeviceMesh:
+def _grid(kind: str, size: int, experts: int, replicas: int) -> DeviceMesh:
+    order = torch.arange(size).view(replicas, -1, experts).transpose(1, 2)
+    return DeviceMesh(kind, order, mesh_dim_names=("replica", "experts", "data"))
+
+
+def grid(ranks: Ranks, experts: int | None = None) -> DeviceMesh:
     """The mesh of tensors that are cut between experts first. Ranks that share out the experts of a layer are neighbours, so that
-    tokens stay inside a machine."""
-    return DeviceMesh(kind, torch.arange(size).view(-1, experts).t(), mesh_dim_names=("experts", "data"))
-
-
-def grid(ranks: Ranks) -> DeviceMesh:
+    tokens stay inside a machine, and so are those of a replica."""
     assert ranks.mesh is not None
-    return _grid(ranks.mesh.device_type, ranks.size, ranks.experts)
+    return _grid(ranks.mesh.device_type, ranks.size, experts or ranks.experts, ranks.replicas)
+
+
+def _holders(ranks: Ranks, experts: int = 1) -> DeviceMesh | None:
+    """The mesh of the ranks that hold parts of the same weights, for FSDP2: with replicas two dimensions, and it adds up gradients along
+    the first one (HSDP)."""
+    if ranks.replicas == experts == 1:
+        return ranks.mesh
+    return grid(ranks, experts)[("replica", "data") if ranks.replicas > 1 else "data"]
 
 
 def _meet(rank: int, size: int) -> dist.Store:
@@ -160,7 +173,9 @@ def shard(model: Model, dtype: torch.dtype, ranks: Ranks, first: Rows | None = N
 
     first: of a model without memory (device "meta"), what gives the rows of each tensor that a rank holds (train/initial.py)."""
 
-    def cut(module: nn.Module, compute: torch.dtype, mesh: DeviceMesh | None = ranks.mesh) -> Any:
+    rest = _holders(ranks)
+
+    def cut(module: nn.Module, compute: torch.dtype, mesh: DeviceMesh | None = rest) -> Any:
         policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         return fully_shard(module, mesh=mesh, mp_policy=policy)
 
@@ -168,7 +183,7 @@ def shard(model: Model, dtype: torch.dtype, ranks: Ranks, first: Rows | None = N
         if isinstance(module, Router):
             cut(module, torch.float32)  # a rounded score picks another expert
         elif isinstance(module, Experts) and ranks.experts > 1:
-            cut(_share_out(module, ranks), dtype, grid(ranks)["data"])
+            cut(_share_out(module, ranks), dtype, _holders(ranks, ranks.experts))
     for layer in model.model.layers:
         cut(layer, dtype)
     whole = cut(_Whole(model), dtype)
@@ -215,10 +230,8 @@ def cuts(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     for name, parameter in out.items():
         if isinstance(parameter, DTensor) and parameter.device_mesh.size() < ranks.size:  # whole only among the ranks that hold it
             shape = torch.Size((len(parameter) * ranks.experts, *parameter.shape[1:]))
-            share = local(parameter.detach())
-            out[name] = DTensor.from_local(
-                share, grid(ranks), (Shard(0), Shard(0)), run_check=False, shape=shape, stride=parameter.stride()
-            )
+            share, placed = local(parameter.detach()), (Replicate(), Shard(0), Shard(0))
+            out[name] = DTensor.from_local(share, grid(ranks), placed, run_check=False, shape=shape, stride=parameter.stride())
     return out
 
 
@@ -239,7 +252,7 @@ def full(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     for dim in reversed(range(1, tensor.device_mesh.ndim)):
-        tensor = tensor.redistribute(placements=[Shard(0)] * dim + [Replicate()] * (tensor.device_mesh.ndim - dim))
+        tensor = tensor.redistribute(placements=[*tensor.placements[:dim], *[Replicate()] * (tensor.device_mesh.ndim - dim)])
     return tensor.full_tensor()
 
 
@@ -247,7 +260,9 @@ def rows(tensor: Tensor) -> slice:
     """Which of its rows this rank holds: a share of a share, for each dimension of the mesh."""
     first, count = 0, len(tensor)
     if isinstance(tensor, DTensor):
-        for dim in range(tensor.device_mesh.ndim):
+        for dim, placement in enumerate(tensor.placements):
+            if not placement.is_shard():  # over replicas
+                continue
             each = -(-count // tensor.device_mesh.size(dim))
             before = min(tensor.device_mesh.get_local_rank(dim) * each, count)
             first, count = first + before, min(each, count - before)

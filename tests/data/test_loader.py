@@ -54,6 +54,16 @@ def test_the_rows_of_a_step_do_not_change_the_order_of_rows():
     assert rows_of(listed(60, rows=2), range(9)) == rows_of(listed(60, rows=6), range(3))
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 7])
+def test_ranks_share_the_rows_of_a_step_evenly(ranks):
+    """All have as many rows; where they do not come out even, the last one of some is empty. Fewer ranks than rows: nobody has none."""
+    whole = listed(60, rows=7)
+    shares = [rows_of(listed(60, rows=7, rank=rank, ranks=ranks), range(2, 3)) for rank in range(ranks)]
+    real = [[row for row in share if set(row) != {-1}] for share in shares]
+    assert [row for share in real for row in share] == rows_of(whole, range(2, 3))
+    assert {len(share) for share in shares} == {-(-7 // ranks)} and {len(share) for share in real} <= {7 // ranks, -(-7 // ranks)}
+
+
 def test_every_epoch_holds_every_document_once_in_another_order():
     loader = listed(60)
     size = loader.epoch_size(0)

@@ -42,6 +42,14 @@ def test_a_mesh_that_does_not_fit_is_refused() -> None:
         doctor.needs(load(COIN), 8)
 
 
+def test_replicas_hold_as_much_as_the_ranks_of_one_and_get_fewer_rows() -> None:
+    many = {"pretrain.tokens_per_step": 2048, "sft.tokens_per_step": 1024}
+    four, eight = (doctor.needs(load(COIN, {**many, "parallel.replicas": n}), 4 * n)["stages"]["pretrain"] for n in (1, 2))
+    assert all(four[kind] == eight[kind] for kind in ("weights", "moments", "host copy", "start"))
+    assert eight["activations"] < four["activations"] and eight["peak"] < four["peak"]
+    assert "8 ranks (2 replicas, in each 1" in doctor.text(doctor.needs(load(COIN, {**many, "parallel.replicas": 2}), 8))
+
+
 def test_the_command(tmp_path: Path) -> None:
     code, out, err = forked.call(tmp_path, "doctor", "--recipe", COIN, "--ranks", 2, "--set", "device=cuda", "--memory", 80)
     assert code == 0, err

@@ -62,6 +62,53 @@ def test_four_ranks_two_by_two(tmp_path: Path) -> None:
         assert sum(len(part) if part.dim() else 1 for part in parts) == (len(whole) if whole.dim() else 1), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fifty_steps_alone_and_in_two_replicas(kind: str, tmp_path: Path) -> None:
+    """Each has the whole model; the gradient norm among the figures counts it once."""
+    settings = {"eps": 1e-3, "steps": 50, **KINDS[kind]}
+    alone(tmp_path / "one", **settings)
+    assert together(2, tmp_path / "two", replicas=2, **settings) == ["", ""]
+    agree(tmp_path / "one", tmp_path / "two")
+    assert samples(tmp_path / "one") == samples(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "size, experts, replicas, told",
+    [
+        (16, 8, 1, "16 ranks: experts over 16 (among 8, each one's over 2) by all-to-all, the rest over 16"),
+        (8, 2, 2, "8 ranks: 2 replicas of 4, experts over 4 (among 2, each one's over 2) by all-to-all, the rest over 4"),
+        (4, 2, 2, "4 ranks: 2 replicas of 2, experts over 2 by all-to-all, the rest over 2"),
+        (4, 1, 2, "4 ranks: 2 replicas of 2, all over 2"),
+        (2, 1, 2, "2 ranks: 2 replicas of 1, the whole model on each"),
+    ],
+)
+def test_the_mesh_in_words(size: int, experts: int, replicas: int, told: str) -> None:
+    assert str(parallel.Ranks(0, size, experts=experts, replicas=replicas)) == told
+
+
+def alike(ranks: parallel.Ranks, folder: Path, steps: int, **settings: Any) -> None:
+    """Train; the replicas end with the same bits: weights, moments and biases."""
+    one = trainer(folder, ranks=ranks, **settings)
+    one.run(loader(ranks, 1), steps, quiet=True)
+    found = {name: parallel.local(tensor).flatten().tolist() for name, tensor in one._tensors().items()}
+    first, second, *others = ranks.gather(found)
+    assert first != second and others == [first, second]
+    assert {"exp_avg", "momentum"} <= {name.split(".")[0] for name in found}
+
+
+def test_four_ranks_in_two_replicas(tmp_path: Path) -> None:
+    """Twelve steps of two times two that share out the experts, or the data only: one process's, and the replicas' bits are the same."""
+    settings = {"eps": 1e-3, "steps": 12, "optimizer": "muon", "qk_clip": 0.05, "shape": UNEVEN, "balance_rate": 0.01}
+    alone(tmp_path / "one", **settings)
+    for experts in (1, 2):
+        folder = tmp_path / f"experts-{experts}"
+        assert together(4, folder, alike, experts=experts, replicas=2, **settings) == [""] * 4
+        agree(tmp_path / "one", folder)
+        for name, whole in checkpoint_of(tmp_path / "one", 12).items():  # each share is written once, by either replica
+            parts = [part[name] for part in shares(folder, 12) if name in part]
+            assert sum(len(part) if part.dim() else 1 for part in parts) == (len(whole) if whole.dim() else 1), name
+
+
 def checkpoint_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
     (file,) = shares(folder, step)
     return file
@@ -79,14 +126,16 @@ def test_in_bf16_they_stay_near(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_goes_from_mesh_to_mesh(optimizer: str, tmp_path: Path) -> None:
-    """One process, two ranks by experts, four two by two, two by data, one again: the same samples, the same losses."""
+    """One process, two ranks by experts, four two by two, two replicas, two by data, two replicas of two, one again: the same samples,
+    the same losses."""
     settings: dict[str, Any] = {"eps": 1e-3, "optimizer": optimizer, "shape": UNEVEN, "micro": 1, "schedule": "constant"}
-    alone(tmp_path / "straight", steps=18, **settings)
+    alone(tmp_path / "straight", steps=21, **settings)
     folder = tmp_path / "changing"
     alone(folder, steps=3, **settings)
-    for steps, (size, experts) in zip((6, 9, 12), ((2, 2), (4, 2), (2, 1)), strict=True):
-        assert together(size, folder, experts=experts, steps=steps, seed=steps, **settings) == [""] * size
-    alone(folder, steps=18, seed=8, **settings)
+    meshes = ((2, 2, 1), (4, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2))
+    for steps, (size, experts, replicas) in zip((6, 9, 12, 15, 18), meshes, strict=True):
+        assert together(size, folder, experts=experts, replicas=replicas, steps=steps, seed=steps, **settings) == [""] * size
+    alone(folder, steps=21, seed=8, **settings)
     assert samples(folder) == samples(tmp_path / "straight")
     agree(tmp_path / "straight", folder)
 

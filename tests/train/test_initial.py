@@ -27,7 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 QWEN = dict(model_type="qwen2", vocab_size=19, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
             intermediate_size=24)  # fmt: skip
-MESHES = [(2, 1), (2, 2), (4, 2)]
+MESHES = [(2, 1, 1), (2, 2, 1), (4, 2, 1), (4, 2, 2)]
 LARGE = dict(SHAPE, vocab_size=4000, hidden_size=512, num_hidden_layers=12, intermediate_size=1536, moe_intermediate_size=256,
              num_nextn_predict_layers=0)  # fmt: skip
 
@@ -47,9 +47,9 @@ def same_bits(ranks: parallel.Ranks, folder: Path, shape: dict[str, Any], source
         assert torch.equal(tensor, found[name]), name
 
 
-@pytest.mark.parametrize("size, experts", MESHES)
+@pytest.mark.parametrize("size, experts, replicas", MESHES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_any_ranks_begin_with_the_bits_of_one(size: int, experts: int, shape: str, tmp_path: Path) -> None:
+def test_any_ranks_begin_with_the_bits_of_one(size: int, experts: int, replicas: int, shape: str, tmp_path: Path) -> None:
     """Drawn from a seed; and read from a folder, whose router biases are no zeros."""
     (tmp_path / "run").mkdir()
     asked = {**SHAPE, **SHAPES[shape]}
@@ -58,7 +58,7 @@ def test_any_ranks_begin_with_the_bits_of_one(size: int, experts: int, shape: st
         router.e_score_correction_bias.copy_(torch.arange(len(router.weight)))
     model.save(tmp_path / "start")
     for source in ("drawn", "stored"):
-        assert together(size, tmp_path, same_bits, experts=experts, shape=asked, source=source) == [""] * size
+        assert together(size, tmp_path, same_bits, experts=experts, replicas=replicas, shape=asked, source=source) == [""] * size
 
 
 def test_a_dense_model_with_biases_too(tmp_path: Path) -> None:

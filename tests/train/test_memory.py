@@ -27,16 +27,15 @@ DENSE = dict(model_type="qwen3", vocab_size=1500, hidden_size=64, num_hidden_lay
 WIDE = dict(hidden_size=192, moe_intermediate_size=256, n_routed_experts=16)  # weights, their gradients and moments are most of it
 
 
-def plan(ranks: int = 1, experts: int = 1, each: int = 4, shape: Any = None, **stage: Any) -> memory.Plan:
+def plan(ranks: int = 1, experts: int = 1, each: int = 4, shape: Any = None, replicas: int = 1, **stage: Any) -> memory.Plan:
     table = Pretrain(**{"sequence_length": 128, "micro_tokens": 1024, "tokens_per_step": 1024 * ranks, **stage})
-    return memory.Plan(
-        ModelConfig(**{**(SHAPE if "model_type" not in (shape or {}) else {}), **(shape or {})}), table, ranks, experts, each
-    )
+    config = ModelConfig(**{**(SHAPE if "model_type" not in (shape or {}) else {}), **(shape or {})})
+    return memory.Plan(config, table, ranks, experts, each, replicas=replicas)
 
 
 def measured(ranks: parallel.Ranks, folder: Path, **settings: Any) -> None:
     """Writes the most bytes that were allocated at a time, from the building of the model on."""
-    case = plan(ranks.size, ranks.experts, **settings)
+    case = plan(ranks.size, ranks.experts, replicas=ranks.replicas, **settings)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 1500, (64, case.row), generator=generator).numpy()
     samples = ListSamples([test_ranks.trainee.Sample(row, {"ce": torch.ones(case.row).numpy()}) for row in tokens])
@@ -73,7 +72,8 @@ def test_one_rank(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"shape": WIDE, "micro_tokens": 256}, {"experts": 2}, {"activation_checkpointing": True, "each": 2}]
+    "settings",
+    [{}, {"shape": WIDE, "micro_tokens": 256}, {"experts": 2}, {"activation_checkpointing": True, "each": 2}, {"replicas": 2}],
 )
 def test_two_ranks(settings: dict[str, Any], tmp_path: Path) -> None:
     found, peaks = memory.peak(plan(2, **settings))["peak"], list[int]()

@@ -38,7 +38,7 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _child(rank: int, size: int, port: int, folder: str, work: Any, experts: int, settings: dict[str, Any]) -> None:
+def _child(rank: int, size: int, port: int, folder: str, work: Any, mesh: dict[str, int], settings: dict[str, Any]) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -48,20 +48,21 @@ def _child(rank: int, size: int, port: int, folder: str, work: Any, experts: int
     }
     torch.set_num_threads(1)
     try:
-        (globals()[work] if isinstance(work, str) else work)(parallel.start(torch.device("cpu"), experts), Path(folder), **settings)
+        (globals()[work] if isinstance(work, str) else work)(parallel.start(torch.device("cpu"), **mesh), Path(folder), **settings)
     except Exception as e:
         (Path(folder) / f"error-{rank}").write_text(f"{type(e).__name__}: {e}")
         raise SystemExit(3) from e
 
 
-def launch(size: int, folder: Path, work: Any = "train", experts: int = 1, **settings: Any) -> list[Any]:
-    """Start `size` ranks that run the function `work`, or that of this file which it names; so many of them share out the experts."""
+def launch(size: int, folder: Path, work: Any = "train", experts: int = 1, replicas: int = 1, **settings: Any) -> list[Any]:
+    """Start `size` ranks that run the function `work`, or that of this file which it names; so many of them share out the experts, in so
+    many replicas."""
     context: Any = multiprocessing.get_context("forkserver")
     folder.mkdir(exist_ok=True)
     for left in folder.glob("error-*"):  # a rank may have heard of the other's death
         left.unlink()
-    port = _free_port()
-    processes = [context.Process(target=_child, args=(rank, size, port, str(folder), work, experts, settings)) for rank in range(size)]
+    port, mesh = _free_port(), {"experts": experts, "replicas": replicas}
+    processes = [context.Process(target=_child, args=(rank, size, port, str(folder), work, mesh, settings)) for rank in range(size)]
     for process in processes:
         process.start()
     return processes
