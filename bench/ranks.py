@@ -62,8 +62,8 @@ def turn(size: int, experts: int, replicas: int, threads: int, steps: int) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="of a turn")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     for mesh in ("--experts", "--replicas"):
         parser.add_argument(mesh, type=int, default=1, help=argparse.SUPPRESS)

@@ -33,7 +33,7 @@ _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
           "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}  # fmt: skip
 _OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _HEADER_BYTES = 10**8  # the format's own limit
-_PIECE_BYTES = 2**21  # converted at once, and
+_PIECE_BYTES = 2**19  # converted at once (ext4 takes pieces of 2 MiB several times more slowly), and
 _BLOCK_BYTES = 2**20  # copied at once: what a core keeps close
 
 
