@@ -12,8 +12,11 @@ IGNORED = {
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "head_dim", "qk_head_dim",
     "num_key_value_heads", "num_local_experts", "pretraining_tp", "output_router_logits", "aux_loss_alpha", "seq_aux", "ep_size",
     "return_dict", "output_attentions", "output_hidden_states", "_name_or_path", "id2label", "label2id", "chunk_size_feed_forward",
-    "is_encoder_decoder", "problem_type",
+    "is_encoder_decoder", "problem_type", "transformers.js_config", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
+
+# Fields of published folders that change nothing with this value.
+OFF: dict[str, Any] = {"use_mrope": False, "rope_interleaved": False, "is_llama_config": True}
 
 
 class Family(NamedTuple):
@@ -276,13 +279,12 @@ class ModelConfig(BaseModel):
         foreign = _unknown_to(name)
         fields = {k: v for k, v in raw.items() if k in cls.model_fields and k not in foreign}
         read = {*fields, *family.fixed, "rope_theta", "rope_scaling", "rope_parameters", "quantization_config"}
-        unknown = sorted(set(raw) - read - family.ignored - IGNORED)
+        unknown = sorted(k for k in set(raw) - read - family.ignored - IGNORED if k not in OFF or raw[k] != OFF[k])
         if unknown:
             raise BadInput(f"{where}: {', '.join(unknown)} is not honoured by this model; remove it if it changes nothing.")
         fields["rope"] = _read_rope(raw)
-        for field in sorted(
-            _SHAPE - foreign - set(fields)
-        ):  # transformers' defaults are the 671B model's, ours are a small one's: no guessing
+        # transformers' defaults are the 671B model's, ours are a small one's: no guessing.
+        for field in sorted(_SHAPE - foreign - set(fields)):
             raise BadInput(f"{where}: {field} is missing.")
         for field in ("n_group", "topk_group", "first_k_dense_replace"):
             if field in fields and fields[field] is None:  # transformers allows null for its defaults

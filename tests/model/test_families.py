@@ -221,6 +221,8 @@ def test_half_precision_on_disk(family, tmp_path):
         ("llama", {"head_dim": 7}, ["head_dim is 7", "even"]),
         ("llama", {"kv_lora_rank": 8}, ["kv_lora_rank"]),
         ("llama", {"intermediate_size": ...}, ["intermediate_size"]),
+        ("llama", {"rope_interleaved": True}, ["rope_interleaved"]),
+        ("qwen2", {"use_mrope": True}, ["use_mrope"]),
         ("qwen2", {"use_sliding_window": True}, ["use_sliding_window"]),
         ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, ["layer_types"]),
         ("qwen3", {"mlp_bias": True}, ["mlp_bias"]),
@@ -247,6 +249,7 @@ def test_what_their_hub_folders_carry_is_understood(tmp_path):
         transformers_version="4.43",
     )
     ours("llama", 0).save(tmp_path / "llama")
+    edit(tmp_path / "llama", rope_interleaved=False, is_llama_config=True, **{"transformers.js_config": {"dtype": "q4"}})
     edit(tmp_path / "llama", head_dim=..., pretraining_tp=1, bos_token_id=128000, eos_token_id=[128001, 128009], torch_dtype="bfloat16")
     assert hf.load(tmp_path / "qwen2").config.model_type == "qwen2"
     config = hf.load(tmp_path / "llama").config
