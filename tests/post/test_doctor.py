@@ -47,7 +47,7 @@ def test_replicas_hold_as_much_as_the_ranks_of_one_and_get_fewer_rows() -> None:
     four, eight = (doctor.needs(load(COIN, {**many, "parallel.replicas": n}), 4 * n)["stages"]["pretrain"] for n in (1, 2))
     assert all(four[kind] == eight[kind] for kind in ("weights", "moments", "host copy", "start"))
     assert eight["activations"] < four["activations"] and eight["peak"] < four["peak"]
-    assert "8 ranks (2 replicas, in each 1" in doctor.text(doctor.needs(load(COIN, {**many, "parallel.replicas": 2}), 8))
+    assert "8 ranks, 2 replicas; cpu" in doctor.text(doctor.needs(load(COIN, {**many, "parallel.replicas": 2}), 8))
 
 
 def test_the_command(tmp_path: Path) -> None:
