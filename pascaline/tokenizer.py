@@ -115,9 +115,10 @@ class Tokenizer:
     @cached_property
     def end_of_turn(self) -> int:
         """What the template puts after the assistant's words, which need not be the end of a document (`end`)."""
-        if self.template is None:
+        try:
+            said = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
+        except BadInput:  # no template, or one that cannot be used: chats say so, plain text needs none
             return self.end
-        said = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
         found = self._special_pattern.search(said.rpartition(MARK)[2])
         return self._special[found[0]] if found else self.end
 

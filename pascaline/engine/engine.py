@@ -264,7 +264,7 @@ class Engine:
     def _stop_ids(self, sampling: Sampling) -> list[int]:
         own = self.model.config.eos_token_id
         ids = [*sampling.stop_ids, *(own if isinstance(own, list) else [] if own is None else [own])]
-        if self.tokenizer is not None and self.tokenizer.end_of_turn not in ids:
+        if self.tokenizer is not None and self.tokenizer.template is not None:
             ids.append(self.tokenizer.end_of_turn)
         if len(ids) > self.stop.shape[1]:
             self.stop = np.pad(self.stop, ((0, 0), (0, len(ids) - self.stop.shape[1])), constant_values=-1)

@@ -123,7 +123,7 @@ def load_into(model: Model, path: str | Path) -> None:
     gguf = package()
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     config = model.config
-    parts = {name: part for own, tensor in model.state_dict().items() for name, part in hf._parts(config, own, tensor)}
+    parts = {name: part for own, tensor in model.state_dict().items() for name, part in hf.on_disk(config, own, tensor)}
     with torch.no_grad():
         for entry in entries(config):
             found = stored[entry.name]
@@ -149,7 +149,7 @@ def entries(config: ModelConfig) -> list[Entry]:
         model = Model(config.model_copy(update={"num_nextn_predict_layers": 0}))
     found: dict[str, Entry] = {}
     for own, tensor in model.state_dict().items():
-        for source, stored in hf._parts(config, own, tensor):
+        for source, stored in hf.on_disk(config, own, tensor):
             for name, shape, part in _targets(config, source, stored.shape):
                 found.setdefault(name, Entry(name, shape, part)).sources.append(source)
     constants = dict(_constants(config))

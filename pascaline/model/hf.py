@@ -42,7 +42,7 @@ def save(
 def put(writer: Writer, config: ModelConfig, name: str, tensor: Tensor) -> None:
     """Write a tensor of Model.state_dict wherever it, or a copy of it, stands on disk."""
     copied = copies(config)
-    for disk_name, part in _parts(config, name, tensor):
+    for disk_name, part in on_disk(config, name, tensor):
         for place in (disk_name, *(copy for copy, own in copied.items() if own == disk_name)):
             writer.write(place, part)
 
@@ -62,7 +62,7 @@ def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a folder, in the order of Model.state_dict; the copies of V3's MTP modules come last."""
     with torch.device("meta"):
         state = Model(config).state_dict()
-    own = {name: tuple(part.shape) for whole, tensor in state.items() for name, part in _parts(config, whole, tensor)}
+    own = {name: tuple(part.shape) for whole, tensor in state.items() for name, part in on_disk(config, whole, tensor)}
     return own | {copy: own[original] for copy, original in copies(config).items()}
 
 
@@ -92,11 +92,11 @@ def copies(config: ModelConfig) -> dict[str, str]:
     return {f"model.layers.{layer}.{copy}.weight": original for layer in layers for copy, original in own.items()}
 
 
-def _parts(config: ModelConfig, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+def on_disk(config: ModelConfig, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     """The tensors on disk that a tensor of ours is made of, as views of it."""
     experts = _EXPERTS.fullmatch(name)
     if experts:
-        return [part for e, own in enumerate(tensor) for part in _parts(config, f"{experts[1]}.{e}.{experts[2]}.weight", own)]
+        return [part for e, own in enumerate(tensor) for part in on_disk(config, f"{experts[1]}.{e}.{experts[2]}.weight", own)]
     stem, _, end = name.rpartition(".")  # weight or bias
     place, _, kind = stem.rpartition(".")
     if kind == "gate_up_proj":
@@ -172,7 +172,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.d
     model.to_empty(device=device).cast_(dtype)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            for disk_name, part in _parts(config, name, tensor):
+            for disk_name, part in on_disk(config, name, tensor):
                 part.copy_(weights.take(disk_name, part.dtype))
     return model.eval()
 
@@ -182,7 +182,7 @@ def read_rows(weights: Weights, config: ModelConfig, name: str, shape: torch.Siz
     whole = torch.empty(shape, device="meta")
     out = torch.empty((rows.stop - rows.start, *shape[1:]))
     begin, flat = rows.start * whole.stride(0), out.view(-1)
-    for disk_name, part in _parts(config, name, whole):
+    for disk_name, part in on_disk(config, name, whole):
         width = part.stride(0)
         first = max(begin - part.storage_offset(), 0) // width
         stop = min(begin + len(flat) - part.storage_offset(), part.numel()) // width

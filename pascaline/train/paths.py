@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from pascaline.device import device_name
-from pascaline.model.fp8_linear import hardware, to_fp8_
+from pascaline.model.fp8_linear import lacking, to_fp8_
 from pascaline.model.moe import Experts
 from pascaline.model.transformer import Model
 from pascaline.recipe import Stage
@@ -23,7 +23,8 @@ def take(model: Model, stage: Stage, dtype: torch.dtype, device: torch.device | 
     if model.config.n_routed_experts:
         told[0] += f"; experts: {experts}"
     if stage.fp8:
-        how = "by the device's own product" if hardware(device) else "emulated in float32, to try it out: this device has no such product"
+        why = lacking(device)
+        how = f"emulated in float32, to try it out ({why})" if why else "by the device's own product where both sides are multiples of 128"
         told.append(f"{to_fp8_(model)} linear layers in fp8, scaled by 1x128 and 128x128, {how}")
     if stage.compile:
         model.flex = flex

@@ -375,6 +375,23 @@ def test_a_message_a_conversation_and_their_ids_are_the_same_prompt(tmp_path):
     assert ids(found[0]) == ids(found[1]) == ids(found[2]) == ids(Engine(model, tokenizer).generate(asked[:1], HOT))
 
 
+@pytest.mark.parametrize("template, settings", [(None, {"eos_token": None}), ("{{ raise_exception('no') }}", {}), ("{% broken", {})])
+def test_plain_text_needs_no_chat_template(template, settings):
+    own = small_tokenizer()
+    tokenizer = Tokenizer(own._parsing.to_str(), {**own.config, **settings}, template)
+    model = calm(tiny_model(vocab_size=own.vocab_size))
+    assert ids(Engine(model, tokenizer).generate([[5, 9]], HOT)) == ids(Engine(model).generate([[5, 9]], HOT))
+
+
+def test_a_turn_ends_where_the_template_ends_it_though_the_config_names_another_token():
+    own = small_tokenizer()
+    letter = own.encode("p")[0]
+    model = scripted(says([letter, own.user], own.think), own.vocab_size, eos_token_id=own.end)
+    tokenizer = Tokenizer(own._parsing.to_str(), own.config, own.template.replace("+ eos_token", "+ '<|user|>'"))
+    ((output,),) = Engine(model, tokenizer).generate(["abc"], GREEDY)
+    assert output.token_ids == [letter, own.user] and output.finish_reason == "stop"
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     small_tokenizer().save(tmp_path)
     with pytest.raises(BadInput, match=r"config\.json"):

@@ -121,7 +121,7 @@ def test_a_training_step_has_their_loss_and_gradients(family, number, tmp_path):
     loss.backward()
     assert abs(float(loss.detach()) - float(expected.detach())) < 1e-5
     gradients = {n: p.grad for n, p in own.named_parameters()}
-    disk = {name: part for n, g in gradients.items() for name, part in hf._parts(own.config, n, g)}
+    disk = {name: part for n, g in gradients.items() for name, part in hf.on_disk(own.config, n, g)}
     named = {name: p.grad for name, p in model.named_parameters()}
     assert set(disk) == set(named)
     for name, gradient in named.items():

@@ -12,7 +12,7 @@ from pascaline.data.batch import Batch
 from pascaline.device import choose
 from pascaline.model.attention import attend, visible, visible_blocks
 from pascaline.model.fp8 import dequantise_blocks, dequantise_rows, quantise_blocks, quantise_rows
-from pascaline.model.fp8_linear import Blocks, Fp8Linear, Rows, hardware, multiply, multiply_by_hardware, to_fp8_
+from pascaline.model.fp8_linear import Blocks, Fp8Linear, Rows, lacking, multiply, multiply_by_hardware, to_fp8_
 from pascaline.model.transformer import Model
 from pascaline.recipe import Stage
 from pascaline.train import losses, paths
@@ -124,7 +124,7 @@ def test_a_model_in_fp8_has_nearly_the_same_loss_and_gradients(kind):
     plain, rough = tiny_model(**kind).train(), tiny_model(**kind).train()
     names = [n for n, _ in rough.named_parameters()]
     told = paths.take(rough, Stage(fp8=True), torch.float32)
-    assert "emulated" in told[-1] and [n for n, _ in rough.named_parameters()] == names
+    assert "emulated" in told[-1] and "cpu has no such product" in told[-1] and [n for n, _ in rough.named_parameters()] == names
     kinds = {name: type(m) for name, m in rough.named_modules() if isinstance(m, nn.Linear)}
     assert kinds.pop("lm_head") is nn.Linear and set(kinds.values()) == {Fp8Linear}
     (loss, gradients), (exact, expected) = learnt(rough), learnt(plain)
@@ -177,8 +177,8 @@ def test_cuda_compiled_flex_attention_learns_the_same(kind):
 @gpu
 def test_cuda_fp8_products_are_the_emulated_ones():
     device = choose("cuda")
-    if not hardware(device):
-        pytest.skip("this device has no product of block-scaled fp8")
+    if why := lacking(device):
+        pytest.skip(why)
     draw = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, 384, generator=draw, device=device) for size in (512, 256))
     left = Rows(*quantise_rows(a))
