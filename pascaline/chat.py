@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pascaline.errors import BadInput
+from pascaline.tokenizer import THINK, UNTHINK
 
 DIM, PLAIN = "\033[2m", "\033[0m"
-PARTIAL = ("\ufffd", "<", "</", "</th")  # ends of a text of which not all bytes, or not all of a tag, is there yet
 _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -83,7 +83,7 @@ def _answer(engine: Any, turns: list[dict[str, Any]], sampling: Any) -> str:
 
     def show(whole: str, end: bool = False) -> None:
         nonlocal said
-        if end or not whole.endswith(PARTIAL):
+        if end or not _partial(whole):
             print(printable(whole[len(said) :]), end="", flush=True)
             said = whole
 
@@ -102,3 +102,8 @@ def _answer(engine: Any, turns: list[dict[str, Any]], sampling: Any) -> str:
     show((thought if text is None else text) or "", end=True)
     print(f"{plain}\n(the thought was cut off at the token limit)" if text is None else "")
     return text or ""
+
+
+def _partial(text: str) -> bool:
+    """Whether it ends in a character of which not all bytes are there yet, or in the beginning of a tag."""
+    return text.endswith(("\ufffd", *(tag[:length] for tag in (THINK, UNTHINK) for length in range(1, len(tag)))))

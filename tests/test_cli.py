@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import foreign
 import forked
 import pytest
 
@@ -324,6 +325,16 @@ def test_broken_characters_and_control_codes_are_shown_as_such(coin_run: Path, c
     assert capsys.readouterr().out == "never closed\n(the thought was cut off at the token limit)\n"
     assert chat._answer(Scripted(own, [own.unthink, own.unthink, *own.encode("4"), own.end]), [], None) == "4"
     assert capsys.readouterr().out == "\n4\n"
+
+
+def test_tags_that_are_plain_text_are_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Tokenizer.load(foreign.write(tmp_path, "qwen2"))
+    turns = [{"role": "user", "content": "?"}]
+    letters = [i for letter in "<think>\na < b, then\n</think>\n\nx<y" for i in own.encode(letter)]
+    assert chat._answer(Scripted(own, letters), turns, None) == "x<y"
+    assert capsys.readouterr().out == "a < b, then\nx<y\n"
+    assert chat._answer(Scripted(own, own.encode("plain")), turns, None) == "plain"
+    assert capsys.readouterr().out == "plain\n"
 
 
 def test_it_is_quick_to_say_what_is_wrong() -> None:
