@@ -83,8 +83,9 @@ def test_a_killed_rank_starts_both_again_and_the_model_is_the_same(
     weights = [(folder / STAGE / "model" / "model.safetensors").read_bytes() for folder in (out, straight)]
     assert weights[0] == weights[1] and steps(out) == steps(straight)
     assert not out.with_name("run.old-1").exists()  # --fresh was carried out once
-    cost = (read_json(out / STAGE / "lineage.json") or {})["cost"]
-    assert cost["ends"]["done"] == 1 and sum(cost["ends"].values()) == 2 and cost["final"]["flops"] < cost["all"]["flops"]
+    cost, once = ((read_json(folder / STAGE / "lineage.json") or {})["cost"] for folder in (out, straight))
+    assert cost["ends"]["done"] == 1 and sum(cost["ends"].values()) == 2
+    assert cost["final"]["flops"] == once["final"]["flops"] <= cost["all"]["flops"]  # equal if it was killed just after a checkpoint
 
 
 @pytest.mark.parametrize(
