@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pascaline.model import native
 from pascaline.model.attention import Cache, GroupedAttention, LatentAttention, RMSNorm, visible, visible_blocks
 from pascaline.model.config import ModelConfig
 from pascaline.model.moe import MLP, MoE, Router, Routing
@@ -44,7 +45,9 @@ class Block(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias) if dense else MoE(config)
 
     def forward(self, x_BTD: Tensor, view: View) -> tuple[Tensor, Routing | None]:
-        """[B, T, D] -> [B, T, D] and, for an expert layer, how it routed."""
+        """[B, T, D] -> [B, T, D] and, for an expert layer, how it routed (not where the kernels compute a step of the engine)."""
+        if (y_BTD := native.block(self, x_BTD, view.turn, view.cache)) is not None:
+            return y_BTD, None
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view.turn, view.mask_BTT, view.cache)
         normed = self.post_attention_layernorm(x_BTD)
         y, routing = self.mlp(normed, view.real_BT) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)

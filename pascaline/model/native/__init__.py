@@ -1,0 +1,149 @@
+"""The CPU's kernels for a step of the engine, beside the modules' own PyTorch forward (parity: tests).
+
+What they add to speed is a promise: a token's numbers depend on that token's own inputs alone, bit for bit, whatever else is in the step, in
+whichever order and on however many threads. Weights are read where the module has them; nothing is copied or repacked.
+"""
+
+import ctypes
+import threading
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pascaline.model.fused import rms_norm as rms_norm_torch
+from pascaline.model.native.build import Building
+from pascaline.model.native.plan import Plan, Step
+
+SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_lock = threading.Lock()
+_building: Building | None = None
+_library: ctypes.CDLL | None = None  # set when the build is done
+_plans: "WeakKeyDictionary[nn.Module, Plan]" = WeakKeyDictionary()
+
+
+class Cache(Protocol):
+    """Pages of the cache and one step's n tokens, as engine/cache.py lays them out; all of it contiguous."""
+
+    pool: Tensor  # [L, blocks, 16, C]
+    tables_rW: Tensor  # int32
+    row_n: Tensor  # int32
+    position_n: Tensor  # int64
+    slot_n: Tensor  # int64
+
+
+def start() -> None:
+    """Begin to build, or to load what was built before, in the background; at once if that was begun already."""
+    global _building
+    with _lock:
+        if _building is None:
+            _building = Building()
+
+
+def wait(seconds: float | None = None) -> str:
+    """Until the kernels are there or known to lack; why they do, or ""."""
+    start()
+    assert _building is not None
+    _building.thread.join(seconds)
+    return lacking()
+
+
+def lacking() -> str:
+    """Why PyTorch computes the engine's steps on this machine's CPU, in one line; "" if the kernels do."""
+    if _building is None:
+        return "no step asked for the kernels yet"
+    return "" if library() else _building.lacking
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, once they are built; the first call begins to build them."""
+    global _library
+    if _library is None:
+        start()
+        assert _building is not None
+        if _building.library is not None:
+            _library = _declared(_building.library)
+    return _library
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for suffix in SUFFIX.values():
+        getattr(found, f"block_{suffix}").argtypes = [pointer] * 3
+        getattr(found, f"linear_{suffix}").argtypes = [pointer] * 4 + [number] * 4
+        getattr(found, f"norm_{suffix}").argtypes = [pointer] * 3 + [number] * 2 + [ctypes.c_double, number]
+    found.turns.argtypes = [pointer, pointer, ctypes.c_float, pointer, number, number]
+    for name in ("turns", *(f"{kernel}_{suffix}" for kernel in ("block", "linear", "norm") for suffix in SUFFIX.values())):
+        getattr(found, name).restype = None
+    return found
+
+
+def _kernels(cache: Any, *tensors: Tensor | None) -> ctypes.CDLL | None:
+    """The library, if these tensors of an engine's step can go through it."""
+    if cache is None or torch.is_grad_enabled():
+        return None
+    dtype = tensors[0].dtype if tensors[0] is not None else None
+    for t in tensors:
+        if t is not None and not (t.dtype is dtype and t.device.type == "cpu" and t.is_contiguous()):
+            return None
+    return library() if dtype in SUFFIX else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, cache: Any = None) -> Tensor:
+    """x [..., K] times weight [N, K] transposed; by the kernels within a step of the engine (`cache` is its cache)."""
+    kernels = _kernels(cache, x, weight, bias)
+    if kernels is None:
+        return F.linear(x, weight, bias)
+    N, K = weight.shape
+    out = x.new_empty(*x.shape[:-1], N)
+    getattr(kernels, f"linear_{SUFFIX[x.dtype]}")(
+        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), x.numel() // K, N, K,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, cache: Any = None) -> Tensor:
+    """RMSNorm over the last dim, by the kernels within a step of the engine."""
+    kernels = _kernels(cache, x, weight)
+    if kernels is None:
+        return rms_norm_torch(x, weight, eps)
+    out, D = torch.empty_like(x), x.shape[-1]
+    getattr(kernels, f"norm_{SUFFIX[x.dtype]}")(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // D, D, eps, torch.get_num_threads()
+    )
+    return out
+
+
+def turns(positions_BT: Tensor, inverse: Tensor, amplitude: float, cache: Any = None) -> Tensor | None:
+    """rope.turns, [B, T, 1, P/2] complex; None outside a step of the engine."""
+    kernels = None if positions_BT.dtype != torch.long or not positions_BT.is_contiguous() else _kernels(cache, inverse)
+    if kernels is None:
+        return None
+    out = torch.empty(*positions_BT.shape, 1, len(inverse), dtype=torch.complex64)
+    kernels.turns(positions_BT.data_ptr(), inverse.data_ptr(), amplitude, out.data_ptr(), positions_BT.numel(), len(inverse))
+    return out
+
+
+def block(module: nn.Module, x_1nD: Tensor, turn: Tensor, cache: Cache | None) -> Tensor | None:
+    """Block.forward on n tokens of an engine's step, [1, n, D]; None where the module must compute it itself."""
+    if cache is None or torch.is_grad_enabled():
+        return None
+    kernels = library()
+    if kernels is None:
+        return None
+    plan = _plans.get(module)
+    if plan is None or not plan.holds(module):
+        plan = _plans[module] = Plan(module)
+    if plan.dtype is not x_1nD.dtype or not x_1nD.is_contiguous() or turn.dtype is not torch.complex64:
+        return None
+    out = torch.empty_like(x_1nD)
+    entries = cache.pool[plan.layer]
+    step = Step(
+        x_1nD.shape[1], torch.get_num_threads(), cache.tables_rW.shape[1], x_1nD.data_ptr(), turn.data_ptr(), out.data_ptr(),
+        entries.data_ptr(), cache.tables_rW.data_ptr(), cache.row_n.data_ptr(), cache.position_n.data_ptr(), cache.slot_n.data_ptr(),
+    )  # fmt: skip
+    getattr(kernels, plan.kernel)(plan.shape_at, plan.weights_at, ctypes.addressof(step))
+    return out
