@@ -114,11 +114,11 @@ def test_a_product_is_its_rows(dtype, K, N):
     generator = torch.Generator().manual_seed(K * N)
     x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((200, K), (N, K), (N,)))
     with torch.inference_mode():
-        whole = native.linear(x, weight, bias, cache=True)
+        whole = native.product(x, weight, bias, cache=True)
         assert relative_error(whole.double(), F.linear(x.double(), weight.double(), bias.double())) < (1e-6 if dtype is torch.float32 else 4e-3)
         for n in (1, 2, 3, 5, 64, 129):
-            assert torch.equal(native.linear(x[:n], weight, bias, cache=True), whole[:n])
-        assert torch.equal(native.linear(x[77:78], weight, bias, cache=True), whole[77:78])
+            assert torch.equal(native.product(x[:n], weight, bias, cache=True), whole[:n])
+        assert torch.equal(native.product(x[77:78], weight, bias, cache=True), whole[77:78])
 
 
 def test_a_norm_is_its_rows(dtype):
@@ -152,9 +152,9 @@ def test_new_weights_are_read_where_they_are(model):
 def test_training_goes_its_own_way(model):
     layer = model.model.layers[0]
     x, turn = torch.randn(1, 3, model.config.hidden_size).to(model.dtype), torch.ones(1, 3, 1, 2, dtype=torch.complex64)
-    assert native.block(layer, x, turn, SimpleNamespace()) is None  # with gradient
+    assert native.blocks([layer], x, turn, SimpleNamespace()) is None  # with gradient
     with torch.no_grad():
-        assert native.block(layer, x, turn, None) is None
+        assert native.blocks([layer], x, turn, None) is None
 
 
 def test_what_the_kernels_cannot_compute_they_leave(dtype):
@@ -165,9 +165,9 @@ def test_what_the_kernels_cannot_compute_they_leave(dtype):
     x, turn = torch.randn(1, 3, 128).to(dtype), torch.ones(1, 3, 1, 2, dtype=torch.complex64)
     with torch.no_grad():
         layer.mlp.experts.dispatch = lambda here, x, weight, index: x
-        assert native.block(layer, x, turn, SimpleNamespace()) is None
+        assert native.blocks([layer], x, turn, SimpleNamespace()) is None
         to_fp8_(model)
-        assert native.block(model.model.layers[0], x, turn, SimpleNamespace()) is None
+        assert native.blocks([model.model.layers[0]], x, turn, SimpleNamespace()) is None
 
 
 def test_a_library_from_elsewhere_is_not_loaded(tmp_path, monkeypatch):

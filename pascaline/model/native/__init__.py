@@ -6,6 +6,7 @@ whichever order and on however many threads. Weights are read where the module h
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -13,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pascaline.model.config import ModelConfig
 from pascaline.model.fused import rms_norm as rms_norm_torch
 from pascaline.model.native.build import Building
 from pascaline.model.native.plan import Plan, Step
+from pascaline.model.rope import inverse_frequencies
+from pascaline.model.rope import turns as turns_torch
 
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _lock = threading.Lock()
@@ -71,11 +75,11 @@ def library() -> ctypes.CDLL | None:
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for suffix in SUFFIX.values():
-        getattr(found, f"block_{suffix}").argtypes = [pointer] * 3
+        getattr(found, f"blocks_{suffix}").argtypes = [number, pointer, pointer, pointer, number]
         getattr(found, f"linear_{suffix}").argtypes = [pointer] * 4 + [number] * 4
         getattr(found, f"norm_{suffix}").argtypes = [pointer] * 3 + [number] * 2 + [ctypes.c_double, number]
     found.turns.argtypes = [pointer, pointer, ctypes.c_float, pointer, number, number]
-    for name in ("turns", *(f"{kernel}_{suffix}" for kernel in ("block", "linear", "norm") for suffix in SUFFIX.values())):
+    for name in ("turns", *(f"{kernel}_{suffix}" for kernel in ("blocks", "linear", "norm") for suffix in SUFFIX.values())):
         getattr(found, name).restype = None
     return found
 
@@ -91,18 +95,22 @@ def _kernels(cache: Any, *tensors: Tensor | None) -> ctypes.CDLL | None:
     return library() if dtype in SUFFIX else None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, cache: Any = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, cache: Any = None) -> Tensor:
     """x [..., K] times weight [N, K] transposed; by the kernels within a step of the engine (`cache` is its cache)."""
     kernels = _kernels(cache, x, weight, bias)
     if kernels is None:
         return F.linear(x, weight, bias)
     N, K = weight.shape
     out = x.new_empty(*x.shape[:-1], N)
-    getattr(kernels, f"linear_{SUFFIX[x.dtype]}")(
-        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), x.numel() // K, N, K,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    run = kernels.linear_float32 if x.dtype is torch.float32 else kernels.linear_bfloat16
+    at = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
+    run(*at, x.numel() // K, N, K, torch.get_num_threads())
     return out
+
+
+def linear(module: nn.Linear, x: Tensor, cache: Any = None) -> Tensor:
+    """module(x), as `product` where that is what it computes."""
+    return product(x, module.weight, module.bias, cache) if type(module) is nn.Linear else module(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, cache: Any = None) -> Tensor:
@@ -111,39 +119,42 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, cache: Any = None) -> Tensor
     if kernels is None:
         return rms_norm_torch(x, weight, eps)
     out, D = torch.empty_like(x), x.shape[-1]
-    getattr(kernels, f"norm_{SUFFIX[x.dtype]}")(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // D, D, eps, torch.get_num_threads()
-    )
+    run = kernels.norm_float32 if x.dtype is torch.float32 else kernels.norm_bfloat16
+    run(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // D, D, eps, torch.get_num_threads())
     return out
 
 
-def turns(positions_BT: Tensor, inverse: Tensor, amplitude: float, cache: Any = None) -> Tensor | None:
-    """rope.turns, [B, T, 1, P/2] complex; None outside a step of the engine."""
-    kernels = None if positions_BT.dtype != torch.long or not positions_BT.is_contiguous() else _kernels(cache, inverse)
+def turns(config: ModelConfig, positions_BT: Tensor, cache: Any = None) -> Tensor:
+    """rope.turns, [B, T, 1, P/2] complex, by the kernels within a step of the engine."""
+    rope, dim = config.rope, config.rope_dim
+    inverse = inverse_frequencies(rope, dim, positions_BT.device)
+    kernels = _kernels(cache, inverse) if positions_BT.dtype is torch.long and positions_BT.is_contiguous() else None
     if kernels is None:
-        return None
-    out = torch.empty(*positions_BT.shape, 1, len(inverse), dtype=torch.complex64)
-    kernels.turns(positions_BT.data_ptr(), inverse.data_ptr(), amplitude, out.data_ptr(), positions_BT.numel(), len(inverse))
+        return turns_torch(rope, dim, positions_BT)
+    out = torch.empty(*positions_BT.shape, 1, dim // 2, dtype=torch.complex64)
+    kernels.turns(positions_BT.data_ptr(), inverse.data_ptr(), rope.amplitude, out.data_ptr(), positions_BT.numel(), dim // 2)
     return out
 
 
-def block(module: nn.Module, x_1nD: Tensor, turn: Tensor, cache: Cache | None) -> Tensor | None:
-    """Block.forward on n tokens of an engine's step, [1, n, D]; None where the module must compute it itself."""
+def blocks(layers: Sequence[nn.Module], x_1nD: Tensor, turn: Tensor, cache: Cache | None) -> Tensor | None:
+    """Blocks that follow each other on n tokens of an engine's step, [1, n, D]; None where the modules must compute it themselves."""
     if cache is None or torch.is_grad_enabled():
         return None
     kernels = library()
     if kernels is None:
         return None
-    plan = _plans.get(module)
-    if plan is None or not plan.holds(module):
-        plan = _plans[module] = Plan(module)
+    plan = _plans.get(layers[0])
+    if plan is None or not plan.holds(layers):
+        plan = _plans[layers[0]] = Plan(layers)
     if plan.dtype is not x_1nD.dtype or not x_1nD.is_contiguous() or turn.dtype is not torch.complex64:
         return None
-    out = torch.empty_like(x_1nD)
-    entries = cache.pool[plan.layer]
+    out, pool = torch.empty_like(x_1nD), cache.pool
+    stride = pool.stride(0) * pool.element_size()
     step = Step(
         x_1nD.shape[1], torch.get_num_threads(), cache.tables_rW.shape[1], x_1nD.data_ptr(), turn.data_ptr(), out.data_ptr(),
-        entries.data_ptr(), cache.tables_rW.data_ptr(), cache.row_n.data_ptr(), cache.position_n.data_ptr(), cache.slot_n.data_ptr(),
+        pool.data_ptr() + plan.layer * stride, cache.tables_rW.data_ptr(), cache.row_n.data_ptr(), cache.position_n.data_ptr(),
+        cache.slot_n.data_ptr(),
     )  # fmt: skip
-    getattr(kernels, plan.kernel)(plan.shape_at, plan.weights_at, ctypes.addressof(step))
+    run = kernels.blocks_float32 if plan.dtype is torch.float32 else kernels.blocks_bfloat16
+    run(len(layers), plan.shapes, plan.weights, ctypes.addressof(step), stride)
     return out

@@ -213,11 +213,17 @@ struct Block {
     }
 };
 
+// Blocks one after the other on the same tokens: shapes and weights of each, its layer of the pool `stride` bytes behind the one before.
 template <class T>
-static void run_block(const Shape* s, const Weights* w, const Step* t) {
-    Block<T> block(*s, *w, *t);
-#pragma omp parallel num_threads(t->threads)
-    block.forward();
+static void run_blocks(i64 count, const Shape* const* shapes, const Weights* const* weights, const Step* step, i64 stride) {
+    Step t = *step;
+    for (i64 i = 0; i < count; i++) {
+        Block<T> block(*shapes[i], *weights[i], t);
+#pragma omp parallel num_threads(t.threads)
+        block.forward();
+        t.x = t.out;
+        t.entries = (char*)t.entries + stride;
+    }
 }
 
 template <class T>
@@ -237,8 +243,12 @@ static void run_norm(const T* x, const T* w, T* out, i64 n, i64 D, double eps, i
 
 #define EXPORT __attribute__((visibility("default")))
 extern "C" {
-EXPORT void block_float32(const Shape* s, const Weights* w, const Step* t) { run_block<float>(s, w, t); }
-EXPORT void block_bfloat16(const Shape* s, const Weights* w, const Step* t) { run_block<bf16>(s, w, t); }
+EXPORT void blocks_float32(i64 count, const Shape* const* s, const Weights* const* w, const Step* t, i64 stride) {
+    run_blocks<float>(count, s, w, t, stride);
+}
+EXPORT void blocks_bfloat16(i64 count, const Shape* const* s, const Weights* const* w, const Step* t, i64 stride) {
+    run_blocks<bf16>(count, s, w, t, stride);
+}
 EXPORT void linear_float32(const float* x, const float* w, const float* b, float* out, i64 n, i64 N, i64 K, i64 threads) {
     run_linear(x, w, b, out, n, N, K, threads);
 }

@@ -1,6 +1,7 @@
 """What the kernels are told of a block: sizes, and where its weights are. Asked again at every step whether that still holds."""
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,64 +51,74 @@ class Step(ctypes.Structure):
 
 
 class Plan:
-    """Of one Block. dtype is None where the kernels cannot compute it."""
+    """Of blocks that follow each other. dtype is None where the kernels cannot compute one of them."""
 
-    dtype: torch.dtype | None
+    def __init__(self, blocks: Sequence[Any]):
+        self.blocks, self.layer = list(blocks), blocks[0].self_attn.layer
+        self.config = blocks[0].self_attn.config
+        self.children: list[tuple[Any, str, Any]] = []  # who holds which module under which name
+        self.linears: list[nn.Module] = []
+        self.slots: list[tuple[Any, str]] = []  # who holds which tensor under which name
+        weights, shapes, dtypes = [], [], []
+        for block in blocks:
+            tensors = self._look(block)
+            weights.append(Weights(**{name: t.data_ptr() for name, t in tensors.items()}))
+            shapes.append(_shape(block))
+            dtypes.append(_dtype(block, tensors))
+        self.pointers = [held[name].data_ptr() for held, name in self.slots]
+        alike = len(set(dtypes)) == 1 and all(b.self_attn.layer == self.layer + i for i, b in enumerate(blocks))
+        self.dtype: torch.dtype | None = dtypes[0] if alike else None
+        self._alive = shapes, weights
+        self.shapes, self.weights = ((ctypes.c_void_p * len(blocks))(*map(ctypes.addressof, each)) for each in (shapes, weights))
 
-    def __init__(self, block: nn.Module):
-        self.config, self.layer = block.self_attn.config, block.self_attn.layer
-        modules = dict(block.named_modules())
-        where = WHERE | (LATENT if self.config.latent else {}) | (SPARSE if "mlp.gate" in modules else {})
-        self.children = [(m._modules, name, child) for m in modules.values() for name, child in m._modules.items()]
-        self.classes = [(m, type(m)) for m in modules.values() if isinstance(m, nn.Linear)]
-        self.slots: list[tuple[Any, str]] = []
-        fields = []
-        for field, (path, name) in where.items():
-            module = modules.get(path)
-            held = {} if module is None else module._buffers if name in module._buffers else module._parameters
-            if held.get(name) is not None:
-                fields.append(field)
-                self.slots.append((held, name))
-        tensors = dict(zip(fields, (held[name] for held, name in self.slots), strict=True))
-        self.pointers = [t.data_ptr() for t in tensors.values()]
-        self.dtype = self._dtype(modules, tensors)
-        self.kernel = f"block_{str(self.dtype).removeprefix('torch.')}"
-        self.weights = Weights(**dict(zip(fields, self.pointers, strict=True)))
-        self.shape = self._shape(block)
-        self.weights_at, self.shape_at = ctypes.addressof(self.weights), ctypes.addressof(self.shape)
-        self.dispatch = modules.get("mlp.experts")
-
-    def holds(self, block: nn.Module) -> bool:
+    def holds(self, blocks: Sequence[Any]) -> bool:
         """Whether modules, weights and their places are what they were."""
         return (
-            [held[name].data_ptr() for held, name in self.slots] == self.pointers
+            self.blocks == blocks
+            and [held[name].data_ptr() for held, name in self.slots] == self.pointers
             and all(held.get(name) is child for held, name, child in self.children)
-            and all(type(module) is kind for module, kind in self.classes)
-            and block.self_attn.config is self.config
+            and all(type(module) is nn.Linear for module in self.linears)
+            and blocks[0].self_attn.config is self.config
         )
 
-    def _dtype(self, modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> torch.dtype | None:
-        float32 = {"router", "router_bias"}
-        dtype = tensors["input_norm"].dtype
-        good = dtype in (torch.float32, torch.bfloat16) and all(
-            t.device.type == "cpu" and t.is_contiguous() and t.dtype == (torch.float32 if name in float32 else dtype)
-            for name, t in tensors.items()
-        )
-        plain = all(type(m) is nn.Linear for m in modules.values() if isinstance(m, nn.Linear))
-        experts = modules.get("mlp.experts")
-        held = experts is None or (experts.dispatch is None and len(tensors["experts_gate_up"]) == len(tensors["router"]) <= MOST_EXPERTS)
-        return dtype if good and plain and held else None
+    def _look(self, block: nn.Module) -> dict[str, Tensor]:
+        """The tensors by their fields of Weights, and everything noted that `holds` asks for."""
+        modules = dict(block.named_modules())
+        where = WHERE | (LATENT if self.config.latent else {}) | (SPARSE if "mlp.gate" in modules else {})
+        self.children += [(m._modules, name, child) for m in modules.values() for name, child in m._modules.items()]
+        self.linears += [m for m in modules.values() if type(m) is nn.Linear]
+        tensors = {}
+        for field, (path, name) in where.items():
+            module = modules.get(path)
+            held: Any = {} if module is None else module._buffers if name in module._buffers else module._parameters
+            if held.get(name) is not None:
+                self.slots.append((held, name))
+                tensors[field] = held[name]
+        return tensors
 
-    def _shape(self, block: nn.Module) -> Shape:
-        c = self.config
-        sparse = hasattr(block.mlp, "gate")
-        grouped = not c.latent
-        return Shape(
-            hidden=c.hidden_size, heads=c.num_attention_heads, kv_heads=c.kv_heads if grouped else 1,
-            nope=c.qk_head_dim if grouped else c.qk_nope_head_dim, rope=c.rope_dim, value=c.qk_head_dim if grouped else c.v_head_dim,
-            rank=c.kv_lora_rank, q_rank=c.q_lora_rank or 0, latent=c.latent, entry=c.cache_width,
-            width=c.moe_intermediate_size if sparse else c.intermediate_size, experts=c.n_routed_experts if sparse else 0,
-            chosen=c.num_experts_per_tok, groups=c.n_group, open_groups=c.topk_group, normed=c.norm_topk_prob,
-            shared=c.n_shared_experts * c.moe_intermediate_size if sparse else 0,
-            eps=c.rms_norm_eps, latent_eps=block.self_attn.kv_a_layernorm.eps if c.latent else 0.0, scale=c.attention_scale, routed_scale=c.routed_scaling_factor,
-        )  # fmt: skip
+
+def _dtype(block: Any, tensors: dict[str, Tensor]) -> torch.dtype | None:
+    """Of a block that the kernels can compute, else None."""
+    dtype = tensors["input_norm"].dtype
+    good = dtype in (torch.float32, torch.bfloat16) and all(
+        t.device.type == "cpu" and t.is_contiguous() and t.dtype is (torch.float32 if name in ("router", "router_bias") else dtype)
+        for name, t in tensors.items()
+    )
+    plain = all(type(m) is nn.Linear for m in block.modules() if isinstance(m, nn.Linear))
+    experts = getattr(block.mlp, "experts", None)
+    here = experts is None or (experts.dispatch is None and len(tensors["experts_down"]) == len(tensors["router"]) <= MOST_EXPERTS)
+    return dtype if good and plain and here else None
+
+
+def _shape(block: Any) -> Shape:
+    c = block.self_attn.config
+    sparse, latent = hasattr(block.mlp, "gate"), c.latent
+    return Shape(
+        hidden=c.hidden_size, heads=c.num_attention_heads, kv_heads=1 if latent else c.kv_heads,
+        nope=c.qk_nope_head_dim if latent else c.qk_head_dim, rope=c.rope_dim, value=c.v_head_dim if latent else c.qk_head_dim,
+        rank=c.kv_lora_rank, q_rank=c.q_lora_rank or 0, latent=latent, entry=c.cache_width,
+        width=c.moe_intermediate_size if sparse else c.intermediate_size, experts=c.n_routed_experts if sparse else 0,
+        chosen=c.num_experts_per_tok, groups=c.n_group, open_groups=c.topk_group, normed=c.norm_topk_prob,
+        shared=c.n_shared_experts * c.moe_intermediate_size if sparse else 0, eps=c.rms_norm_eps,
+        latent_eps=block.self_attn.kv_a_layernorm.eps if latent else 0.0, scale=c.attention_scale, routed_scale=c.routed_scaling_factor,
+    )  # fmt: skip
