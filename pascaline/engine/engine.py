@@ -22,7 +22,7 @@ from pascaline.engine.sampler import Sampling, sample
 from pascaline.engine.scheduler import Scheduler
 from pascaline.engine.speculate import Speculation
 from pascaline.errors import BadInput
-from pascaline.model import hf
+from pascaline.model import hf, native
 from pascaline.model.transformer import Model
 from pascaline.tokenizer import Tokenizer
 
@@ -81,6 +81,8 @@ class Engine:
         self._intake = Intake(model.config, tokenizer, self.capacity, self.bytes_per_token())
         self.scheduler = Scheduler(self._blocks, self.max_rows, max_batch_tokens, prefix_reuse)
         self._weights = self._fingerprint()
+        if model.device.type == "cpu":
+            native.start()
 
     # ---- for a program -----------------------------------------------------------------------------------------------
 
@@ -89,6 +91,8 @@ class Engine:
         leaves no room in the model's context."""
         if isinstance(prompts, str):
             raise BadInput("generate takes a list of prompts; put this one in brackets.")
+        if self.model.device.type == "cpu" and not self.busy:
+            native.wait()  # so that an answer does not hang on when the compiler was done
         self._look_at_weights()
         groups = [self._intake.requests(prompt, sampling or Sampling(), index) for index, prompt in enumerate(prompts)]
         for group in groups:
@@ -184,6 +188,8 @@ class Engine:
         and is raised."""
         if self.paused or not self.busy:
             return []
+        if not self.scheduler.running and native.take():
+            self.flush()  # what PyTorch computed has other bits
         began, plan = time.perf_counter(), self.scheduler.plan()
         before = self.stats.generated
         drafted = any(request.draft for request, _ in plan)
@@ -211,7 +217,7 @@ class Engine:
             self._prompt_logprobs(plan, batch, hidden[0])
             places = self._places(plan, batch)
             if places:
-                logits = self.model.head(hidden[0, [at for _, at, _ in places]]).float()
+                logits = self.model.head(hidden[0, [at for _, at, _ in places]], batch).float()
                 self._deliver(places, *self._sampled(logits, places))
             if self.speculation is not None and self.speculation.pays(batch_width(len(self.scheduler.running) or 1)):
                 self.speculation.draft(batch, hidden, plan)
@@ -222,7 +228,7 @@ class Engine:
 
     def _batch(self, pool: Tensor, plan: list[tuple[Request, int]]) -> tuple[Batch, Tensor]:
         ids = [t for request, count in plan for t in request.tokens(request.computed, request.computed + count)]
-        idle = batch_width(len(ids)) - len(ids)  # rows that write to block 0
+        idle = 0 if native.library() else batch_width(len(ids)) - len(ids)  # rows that write to block 0
         tables = np.zeros((len(plan) + idle, self.scheduler.tables.shape[1]), np.int32)
         tables[: len(plan)] = self.scheduler.tables[[request.row for request, _ in plan]]
         starts, counts = [request.computed for request, _ in plan], [count for _, count in plan]
@@ -255,7 +261,7 @@ class Engine:
         seeds = np.array([request.seed for request, _, _ in places], np.uint64)
         positions = np.array([len(request.token_ids) + guess for request, _, guess in places])
         tokens = sample(adjusted, [request.sampling for request, _, _ in places], seeds, positions)
-        total = logits.logsumexp(-1)
+        total = native.logsumexp(logits)
         logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - total
         tops: list[Top] = [[] for _ in places]
         wanted = [i for i, (request, _, _) in enumerate(places) if request.sampling.top_logprobs]
@@ -313,7 +319,7 @@ class Engine:
                 request.prompt_logprobs.append(None)
                 request.prompt_top.append([])
             if following:
-                log_p = self.model.head(hidden_nD[offset : offset + len(following)]).float().log_softmax(-1)
+                log_p = self.model.head(hidden_nD[offset : offset + len(following)], batch).float().log_softmax(-1)
                 request.prompt_logprobs += log_p.gather(1, torch.tensor(following, device=log_p.device)[:, None])[:, 0].tolist()
                 request.prompt_top += _tops(log_p, request.sampling.top_logprobs)
 

@@ -115,7 +115,9 @@ def test_a_product_is_its_rows(dtype, K, N):
     x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((200, K), (N, K), (N,)))
     with torch.inference_mode():
         whole = native.product(x, weight, bias, cache=True)
-        assert relative_error(whole.double(), F.linear(x.double(), weight.double(), bias.double())) < (1e-6 if dtype is torch.float32 else 4e-3)
+        assert relative_error(whole.double(), F.linear(x.double(), weight.double(), bias.double())) < (
+            1e-6 if dtype is torch.float32 else 4e-3
+        )
         for n in (1, 2, 3, 5, 64, 129):
             assert torch.equal(native.product(x[:n], weight, bias, cache=True), whole[:n])
         assert torch.equal(native.product(x[77:78], weight, bias, cache=True), whole[77:78])
@@ -125,7 +127,9 @@ def test_a_norm_is_its_rows(dtype):
     x, weight = torch.randn(300, 100).to(dtype), torch.randn(100).to(dtype)
     with torch.inference_mode():
         whole = native.rms_norm(x, weight, 1e-6, cache=True)
-        assert relative_error(whole.float(), F.rms_norm(x.float(), (100,), weight.float(), 1e-6)) < (1e-6 if dtype is torch.float32 else 4e-3)
+        assert relative_error(whole.float(), F.rms_norm(x.float(), (100,), weight.float(), 1e-6)) < (
+            1e-6 if dtype is torch.float32 else 4e-3
+        )
         assert torch.equal(native.rms_norm(x[9:10], weight, 1e-6, cache=True), whole[9:10])
 
 

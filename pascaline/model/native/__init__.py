@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from pascaline.model.native.plan import Plan, Step
 from pascaline.model.rope import inverse_frequencies
 from pascaline.model.rope import turns as turns_torch
 
+Array = np.ndarray[Any, Any]
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _lock = threading.Lock()
 _building: Building | None = None
@@ -47,28 +49,33 @@ def start() -> None:
 
 
 def wait(seconds: float | None = None) -> str:
-    """Until the kernels are there or known to lack; why they do, or ""."""
+    """Until the kernels are there, and taken, or known to lack; why they do, or ""."""
     start()
     assert _building is not None
     _building.thread.join(seconds)
+    take()
     return lacking()
+
+
+def take() -> bool:
+    """Compute by the kernels from now on, if they have been built since; whether that is new. An engine says when: between answers, not
+    within one, whose tokens would hang on when the compiler was done."""
+    global _library
+    if _library is not None or _building is None or _building.library is None:
+        return False
+    _library = _declared(_building.library)
+    return True
 
 
 def lacking() -> str:
     """Why PyTorch computes the engine's steps on this machine's CPU, in one line; "" if the kernels do."""
-    if _building is None:
-        return "no step asked for the kernels yet"
-    return "" if library() else _building.lacking
+    if _library is not None:
+        return ""
+    return "no engine asked for the kernels yet" if _building is None else _building.lacking or "they are built and not taken yet"
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels, once they are built; the first call begins to build them."""
-    global _library
-    if _library is None:
-        start()
-        assert _building is not None
-        if _building.library is not None:
-            _library = _declared(_building.library)
+    """The kernels, once they are taken."""
     return _library
 
 
@@ -79,7 +86,14 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         getattr(found, f"linear_{suffix}").argtypes = [pointer] * 4 + [number] * 4
         getattr(found, f"norm_{suffix}").argtypes = [pointer] * 3 + [number] * 2 + [ctypes.c_double, number]
     found.turns.argtypes = [pointer, pointer, ctypes.c_float, pointer, number, number]
-    for name in ("turns", *(f"{kernel}_{suffix}" for kernel in ("blocks", "linear", "norm") for suffix in SUFFIX.values())):
+    found.draws.argtypes = [pointer, number, number, *[pointer] * 6, number]
+    found.logsumexp.argtypes = [pointer, number, number, pointer, number]
+    for name in (
+        "turns",
+        "draws",
+        "logsumexp",
+        *(f"{kernel}_{suffix}" for kernel in ("blocks", "linear", "norm") for suffix in SUFFIX.values()),
+    ):
         getattr(found, name).restype = None
     return found
 
@@ -157,4 +171,27 @@ def blocks(layers: Sequence[nn.Module], x_1nD: Tensor, turn: Tensor, cache: Cach
     )  # fmt: skip
     run = kernels.blocks_float32 if plan.dtype is torch.float32 else kernels.blocks_bfloat16
     run(len(layers), plan.shapes, plan.weights, ctypes.addressof(step), stride)
+    return out
+
+
+def draws(logits_nV: Tensor, temperature: Array, top_p: Array, min_p: Array, top_k: Array, keys: Array) -> Tensor:
+    """engine.sampler's tokens [n], of float32 logits on the CPU; the kernels must be there."""
+    kernels = library()
+    assert kernels is not None and logits_nV.dtype is torch.float32
+    (n, V), logits_nV = logits_nV.shape, logits_nV.contiguous()
+    out = torch.empty(n, dtype=torch.long)
+    floats = [np.ascontiguousarray(a, np.float32) for a in (temperature, top_p, min_p)]
+    arrays = [*floats, np.ascontiguousarray(top_k, np.int64), np.ascontiguousarray(keys, np.uint64)]
+    kernels.draws(logits_nV.data_ptr(), n, V, *(a.ctypes.data for a in arrays), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def logsumexp(logits_nV: Tensor) -> Tensor:
+    """Over each row of an engine's logits, [n]."""
+    kernels = _kernels(True, logits_nV) if logits_nV.dtype is torch.float32 else None
+    if kernels is None:
+        return logits_nV.logsumexp(-1)
+    n, V = logits_nV.shape
+    out = torch.empty(n)
+    kernels.logsumexp(logits_nV.data_ptr(), n, V, out.data_ptr(), torch.get_num_threads())
     return out
