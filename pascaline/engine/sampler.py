@@ -115,8 +115,8 @@ def sample(logits_nV: Tensor, settings_n: Sequence[Sampling], seed_n: np.ndarray
     """Tokens [n] under each row's temperature and cuts. position: the token's index in its answer."""
     keys = mix(seed_n.astype(np.uint64) + mix(position_n.astype(np.uint64)))
     if native.library() and logits_nV.device.type == "cpu":
-        cuts = np.array([(s.temperature, s.top_p, s.min_p, s.top_k) for s in settings_n]).T
-        return native.draws(logits_nV.float(), *cuts, keys)
+        temperature, top_p, min_p, top_k = np.array([(s.temperature, s.top_p, s.min_p, s.top_k) for s in settings_n]).T
+        return native.draws(logits_nV.float(), temperature, top_p, min_p, top_k, keys)
     return sample_torch(logits_nV, settings_n, keys)
 
 

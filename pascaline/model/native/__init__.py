@@ -30,7 +30,7 @@ _library: ctypes.CDLL | None = None  # set when the build is done
 _plans: "WeakKeyDictionary[nn.Module, Plan]" = WeakKeyDictionary()
 
 
-class Cache(Protocol):
+class Pages(Protocol):
     """Pages of the cache and one step's n tokens, as engine/cache.py lays them out; all of it contiguous."""
 
     pool: Tensor  # [L, blocks, 16, C]
@@ -150,8 +150,9 @@ def turns(config: ModelConfig, positions_BT: Tensor, cache: Any = None) -> Tenso
     return out
 
 
-def blocks(layers: Sequence[nn.Module], x_1nD: Tensor, turn: Tensor, cache: Cache | None) -> Tensor | None:
-    """Blocks that follow each other on n tokens of an engine's step, [1, n, D]; None where the modules must compute it themselves."""
+def blocks(layers: Sequence[nn.Module], x_1nD: Tensor, turn: Tensor, cache: Any) -> Tensor | None:
+    """Blocks that follow each other on n tokens of an engine's step, [1, n, D]; None where the modules must compute it
+    themselves. `cache` has Pages, or is None."""
     if cache is None or torch.is_grad_enabled():
         return None
     kernels = library()
@@ -162,12 +163,13 @@ def blocks(layers: Sequence[nn.Module], x_1nD: Tensor, turn: Tensor, cache: Cach
         plan = _plans[layers[0]] = Plan(layers)
     if plan.dtype is not x_1nD.dtype or not x_1nD.is_contiguous() or turn.dtype is not torch.complex64:
         return None
-    out, pool = torch.empty_like(x_1nD), cache.pool
+    pages: Pages = cache
+    out, pool = torch.empty_like(x_1nD), pages.pool
     stride = pool.stride(0) * pool.element_size()
     step = Step(
-        x_1nD.shape[1], torch.get_num_threads(), cache.tables_rW.shape[1], x_1nD.data_ptr(), turn.data_ptr(), out.data_ptr(),
-        pool.data_ptr() + plan.layer * stride, cache.tables_rW.data_ptr(), cache.row_n.data_ptr(), cache.position_n.data_ptr(),
-        cache.slot_n.data_ptr(),
+        x_1nD.shape[1], torch.get_num_threads(), pages.tables_rW.shape[1], x_1nD.data_ptr(), turn.data_ptr(), out.data_ptr(),
+        pool.data_ptr() + plan.layer * stride, pages.tables_rW.data_ptr(), pages.row_n.data_ptr(), pages.position_n.data_ptr(),
+        pages.slot_n.data_ptr(),
     )  # fmt: skip
     run = kernels.blocks_float32 if plan.dtype is torch.float32 else kernels.blocks_bfloat16
     run(len(layers), plan.shapes, plan.weights, ctypes.addressof(step), stride)
@@ -181,7 +183,7 @@ def draws(logits_nV: Tensor, temperature: Array, top_p: Array, min_p: Array, top
     (n, V), logits_nV = logits_nV.shape, logits_nV.contiguous()
     out = torch.empty(n, dtype=torch.long)
     floats = [np.ascontiguousarray(a, np.float32) for a in (temperature, top_p, min_p)]
-    arrays = [*floats, np.ascontiguousarray(top_k, np.int64), np.ascontiguousarray(keys, np.uint64)]
+    arrays: list[Array] = [*floats, np.ascontiguousarray(top_k, np.int64), np.ascontiguousarray(keys, np.uint64)]
     kernels.draws(logits_nV.data_ptr(), n, V, *(a.ctypes.data for a in arrays), out.data_ptr(), torch.get_num_threads())
     return out
 

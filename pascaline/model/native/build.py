@@ -31,7 +31,7 @@ class Unbuilt(Exception):
 
 def load() -> ctypes.CDLL:
     """The library, built first if this machine has not built it yet. Unbuilt if that cannot be."""
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise Unbuilt("there is no C++ compiler (c++)")
     if sys.byteorder != "little":
