@@ -60,7 +60,7 @@ struct Block {
     const i64 n, D, H, C;  // C: numbers of a query against the cache
     T *h, *attn, *mixed;
     float *qkv, *q_full, *q, *x1, *scratch;
-    i64 scratch_size;
+    i64 scratch_size, *band_start, bands = 0;
     Experts<T> experts;
 
     Block(const Shape& s, const Weights& w, const Step& t)
@@ -77,9 +77,15 @@ struct Block {
             x1 = arena.take<float>(n * D);
             scratch_size = attention_scratch(C, s.latent ? s.rank : s.value) + 16;
             scratch = arena.take<float>(t.threads * scratch_size);
+            band_start = arena.take<i64>(n + 1);
             experts.place(arena, n);
             if (!pass) arena.settle();
         }
+        // Tokens of one row that stand side by side read its pages together.
+        const i64 most = QUERIES / least(s.latent ? H : H / s.kv_heads, QUERIES);
+        for (i64 i = 0; i < n; i++)
+            if (!i || t.row[i] != t.row[i - 1] || i - band_start[bands - 1] == most) band_start[bands++] = i;
+        band_start[bands] = n;
     }
     i64 qkv_width() const {
         return s.latent ? (s.q_rank ? s.q_rank : H * (s.nope + s.rope)) + s.rank + s.rope : H * s.nope + s.kv_heads * (s.nope + s.value);
@@ -162,15 +168,17 @@ struct Block {
     void mix() {
         const i64 K = s.latent ? 1 : s.kv_heads, G = H / K, V = s.latent ? s.rank : s.value;
         i64 size = least(G, QUERIES);
-        while (size > 1 && n * K * parts(G, size) < 2 * t.threads) size = parts(size, 2);
-        const i64 pieces = parts(G, size), tasks = n * K * pieces;
+        while (size > 1 && bands * K * parts(G, size) < 2 * t.threads) size = parts(size, 2);
+        const i64 pieces = parts(G, size), tasks = bands * K * pieces;
 #pragma omp for schedule(dynamic, 1)
         for (i64 task = 0; task < tasks; task++) {
-            const i64 i = task / (K * pieces), a = task / pieces % K, g = task % pieces * size, first = a * G + g;
+            const i64 i = band_start[task / (K * pieces)], tokens = band_start[task / (K * pieces) + 1] - i;
+            const i64 a = task / pieces % K, g = task % pieces * size, heads = least(size, G - g), first = a * G + g;
             const Pages pages{t.tables + t.row[i] * t.table_width, s.entry, s.latent ? 0 : a * C, s.latent ? 0 : K * C + a * V, C, V};
-            T* out = mixed + (i * H + first) * V;
-            attend<T>(q + (i * H + first) * C, least(size, G - g), (const T*)t.entries, pages, t.position[i], scratch + own() * scratch_size,
-                      [&](i64 row, i64 k, Lanes v, i64 c) { store_some(out + row * V + k, v, c); });
+            const float* queries[QUERIES];
+            for (i64 k = 0; k < tokens; k++) queries[k] = q + ((i + k) * H + first) * C;
+            attend<T>(queries, tokens, heads, t.position + i, (const T*)t.entries, pages, scratch + own() * scratch_size,
+                      [&](i64 m, i64 k, Lanes v, i64 c) { store_some(mixed + ((i + m / heads) * H + first + m % heads) * V + k, v, c); });
         }
     }
 

@@ -118,10 +118,13 @@ template <class F>
 INLINE void each(i64 count, F f) {  // f(k, how many are left) for every lanes' beginning k
     for (i64 k = 0; k < count; k += LANES) f(k, count - k);
 }
+template <int D = LANES / 2>
 INLINE float largest(Lanes v) {
-    float m = v[0];
-    for (int l = 1; l < LANES; l++) m = v[l] > m ? v[l] : m;
-    return m;
+    if constexpr (D == 0) return v[0];
+    else {
+        Lanes w = swapped<D>(v, std::make_integer_sequence<int, LANES>());
+        return largest<D / 2>(v > w ? v : w);
+    }
 }
 
 INLINE Lanes exponential(Lanes x) {  // Cephes' polynomial after taking out powers of 2; at most 2 units in the last place off
