@@ -3,6 +3,7 @@
 The engine calls the trainer's own modules with the weights in memory, so an update of the model is an update of the engine.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pascaline.engine.blocks import BLOCK, Blocks
 from pascaline.engine.cache import Batch, batch_width, one_row_kernels
 from pascaline.engine.intake import Intake, Prompt
 from pascaline.engine.request import Output, Request, Top
-from pascaline.engine.sampler import Sampling, sample
+from pascaline.engine.sampler import Sampling, draw
 from pascaline.engine.scheduler import Scheduler
 from pascaline.engine.speculate import Speculation
 from pascaline.errors import BadInput
@@ -217,7 +218,9 @@ class Engine:
             self._prompt_logprobs(plan, batch, hidden[0])
             places = self._places(plan, batch)
             if places:
-                logits = self.model.head(hidden[0, [at for _, at, _ in places]], batch).float()
+                which = [at for _, at, _ in places]
+                said = hidden[0] if which == list(range(len(tokens_n))) else hidden[0, which]
+                logits = self.model.head(said, batch).float()
                 self._deliver(places, *self._sampled(logits, places))
             if self.speculation is not None and self.speculation.pays(batch_width(len(self.scheduler.running) or 1)):
                 self.speculation.draft(batch, hidden, plan)
@@ -260,16 +263,15 @@ class Engine:
                 adjusted[i] = request.adjusted(logits[i], self._intake.closing, produced)
         seeds = np.array([request.seed for request, _, _ in places], np.uint64)
         positions = np.array([len(request.token_ids) + guess for request, _, guess in places])
-        tokens = sample(adjusted, [request.sampling for request, _, _ in places], seeds, positions)
-        total = native.logsumexp(logits)
-        logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - total
+        tokens, logprobs = draw(adjusted, logits, [request.sampling for request, _, _ in places], seeds, positions)
         tops: list[Top] = [[] for _ in places]
         wanted = [i for i, (request, _, _) in enumerate(places) if request.sampling.top_logprobs]
         if wanted:
             most = max(places[i][0].sampling.top_logprobs for i in wanted)
-            for i, top in zip(wanted, _tops(logits[wanted] - total[wanted, None], most), strict=True):
+            for i, top in zip(wanted, _tops(logits[wanted].log_softmax(-1), most), strict=True):
                 tops[i] = top[: places[i][0].sampling.top_logprobs]
-        return tokens.tolist(), logprobs.tolist(), total.isfinite().tolist(), tops
+        said = logprobs.tolist()
+        return tokens.tolist(), said, [math.isfinite(p) for p in said], tops
 
     def _deliver(
         self, places: list[tuple[Request, int, int]], tokens: list[int], logprobs: list[float], finite: list[bool], tops: list[Top]

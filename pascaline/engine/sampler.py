@@ -113,11 +113,29 @@ def exponentials(key_n: Tensor, ids_nM: Tensor) -> Tensor:
 
 def sample(logits_nV: Tensor, settings_n: Sequence[Sampling], seed_n: np.ndarray, position_n: np.ndarray) -> Tensor:
     """Tokens [n] under each row's temperature and cuts. position: the token's index in its answer."""
-    keys = mix(seed_n.astype(np.uint64) + mix(position_n.astype(np.uint64)))
     if native.library() and logits_nV.device.type == "cpu":
-        temperature, top_p, min_p, top_k = np.array([(s.temperature, s.top_p, s.min_p, s.top_k) for s in settings_n]).T
-        return native.draws(logits_nV.float(), temperature, top_p, min_p, top_k, keys)
-    return sample_torch(logits_nV, settings_n, keys)
+        return native.draws(logits_nV.float().contiguous(), *_told(settings_n, seed_n, position_n))[0]
+    return sample_torch(logits_nV, settings_n, _keys(seed_n, position_n))
+
+
+def draw(
+    adjusted_nV: Tensor, own_nV: Tensor, settings_n: Sequence[Sampling], seed_n: np.ndarray, position_n: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """`sample` of adjusted float32 logits, and the tokens' log-probabilities by the model's own; these are no numbers where there are
+    some among the own logits that are none."""
+    if native.library() and own_nV.device.type == "cpu":
+        return native.draws(adjusted_nV.contiguous(), *_told(settings_n, seed_n, position_n), own_nV.contiguous())
+    tokens = sample_torch(adjusted_nV, settings_n, _keys(seed_n, position_n))
+    return tokens, own_nV.gather(1, tokens.unsqueeze(1)).squeeze(1) - own_nV.logsumexp(-1)
+
+
+def _keys(seed_n: np.ndarray, position_n: np.ndarray) -> np.ndarray:
+    return mix(seed_n.astype(np.uint64) + mix(position_n.astype(np.uint64)))
+
+
+def _told(settings_n: Sequence[Sampling], seed_n: np.ndarray, position_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    cuts = [(s.temperature, s.top_p, s.min_p, s.top_k) for s in settings_n]
+    return np.array(cuts).T, _keys(seed_n, position_n)
 
 
 def sample_torch(logits_nV: Tensor, settings_n: Sequence[Sampling], key_n: np.ndarray) -> Tensor:

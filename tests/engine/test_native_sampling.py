@@ -48,11 +48,14 @@ def test_forbidden_tokens_are_never_drawn():
         assert sampling.sample(logits, [told] * 64, seeds, seeds.astype(np.int64)).tolist() == [77] * 64
 
 
-def test_sums_of_exponentials():
-    logits = 5 * torch.randn(33, 4097)
-    assert torch.allclose(native.logsumexp(logits), logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
-    logits[3, 5], logits[4, 9] = float("nan"), float("inf")
-    assert native.logsumexp(logits).isfinite().tolist() == [i not in (3, 4) for i in range(33)]
+def test_log_probabilities_are_the_models_own():
+    own, seeds = 5 * torch.randn(33, 4097), np.arange(33, dtype=np.uint64)
+    adjusted = own + torch.randn(33, 4097)
+    tokens, logprobs = sampling.draw(adjusted, own, CUTS[:1] * 33, seeds, seeds)
+    assert torch.equal(tokens, sampling.sample(adjusted, CUTS[:1] * 33, seeds, seeds))
+    assert torch.allclose(logprobs, own.log_softmax(-1)[torch.arange(33), tokens], rtol=1e-5, atol=1e-5)
+    own[3, 5], own[4, 9] = float("nan"), float("inf")
+    assert sampling.draw(own, own, CUTS[:1] * 33, seeds, seeds)[1].isfinite().tolist() == [i not in (3, 4) for i in range(33)]
 
 
 def test_an_answer_is_the_same_bits_alone_and_in_company():

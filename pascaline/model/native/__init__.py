@@ -80,21 +80,15 @@ def library() -> ctypes.CDLL | None:
 
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    at, number = ctypes.c_void_p, ctypes.c_int64
+    arguments = {"turns": [at, at, ctypes.c_float, at, number, number], "draws": [at, at, number, number, *[at] * 7, number]}
     for suffix in SUFFIX.values():
-        getattr(found, f"blocks_{suffix}").argtypes = [number, pointer, pointer, pointer, number]
-        getattr(found, f"linear_{suffix}").argtypes = [pointer] * 4 + [number] * 4
-        getattr(found, f"norm_{suffix}").argtypes = [pointer] * 3 + [number] * 2 + [ctypes.c_double, number]
-    found.turns.argtypes = [pointer, pointer, ctypes.c_float, pointer, number, number]
-    found.draws.argtypes = [pointer, number, number, *[pointer] * 6, number]
-    found.logsumexp.argtypes = [pointer, number, number, pointer, number]
-    for name in (
-        "turns",
-        "draws",
-        "logsumexp",
-        *(f"{kernel}_{suffix}" for kernel in ("blocks", "linear", "norm") for suffix in SUFFIX.values()),
-    ):
-        getattr(found, name).restype = None
+        arguments[f"blocks_{suffix}"] = [number, at, at, at, number]
+        arguments[f"linear_{suffix}"] = [*[at] * 4, *[number] * 4]
+        arguments[f"norm_{suffix}"] = [at, at, at, number, number, ctypes.c_double, number]
+    for name, types in arguments.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = types, None
     return found
 
 
@@ -176,24 +170,16 @@ def blocks(layers: Sequence[nn.Module], x_1nD: Tensor, turn: Tensor, cache: Any)
     return out
 
 
-def draws(logits_nV: Tensor, temperature: Array, top_p: Array, min_p: Array, top_k: Array, keys: Array) -> Tensor:
-    """engine.sampler's tokens [n], of float32 logits on the CPU; the kernels must be there."""
+def draws(logits_nV: Tensor, cuts_4n: Array, key_n: Array, own_nV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """engine.sampler's tokens [n], of float32 logits on the CPU; cuts: temperature, top_p, min_p, top_k. And by `own_nV`, the model's own
+    logits, their log-probabilities [n]; no numbers where those are none. The kernels must be there."""
     kernels = library()
-    assert kernels is not None and logits_nV.dtype is torch.float32
-    (n, V), logits_nV = logits_nV.shape, logits_nV.contiguous()
-    out = torch.empty(n, dtype=torch.long)
-    floats = [np.ascontiguousarray(a, np.float32) for a in (temperature, top_p, min_p)]
-    arrays: list[Array] = [*floats, np.ascontiguousarray(top_k, np.int64), np.ascontiguousarray(keys, np.uint64)]
-    kernels.draws(logits_nV.data_ptr(), n, V, *(a.ctypes.data for a in arrays), out.data_ptr(), torch.get_num_threads())
-    return out
-
-
-def logsumexp(logits_nV: Tensor) -> Tensor:
-    """Over each row of an engine's logits, [n]."""
-    kernels = _kernels(True, logits_nV) if logits_nV.dtype is torch.float32 else None
-    if kernels is None:
-        return logits_nV.logsumexp(-1)
-    n, V = logits_nV.shape
-    out = torch.empty(n)
-    kernels.logsumexp(logits_nV.data_ptr(), n, V, out.data_ptr(), torch.get_num_threads())
-    return out
+    assert kernels is not None and logits_nV.is_contiguous() and (own_nV is None or own_nV.is_contiguous())
+    (n, V), cuts, keys = logits_nV.shape, np.ascontiguousarray(cuts_4n, np.float64), np.ascontiguousarray(key_n, np.uint64)
+    tokens, logprobs = torch.empty(n, dtype=torch.long), torch.empty(n)
+    columns = (cuts.ctypes.data + 8 * n * i for i in range(4))
+    own = None if own_nV is None else own_nV.data_ptr()
+    kernels.draws(
+        logits_nV.data_ptr(), own, n, V, *columns, keys.ctypes.data, tokens.data_ptr(), logprobs.data_ptr(), torch.get_num_threads()
+    )
+    return tokens, logprobs

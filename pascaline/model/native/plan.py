@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ class Plan:
     def __init__(self, blocks: Sequence[Any]):
         self.blocks, self.layer = list(blocks), blocks[0].self_attn.layer
         self.config = blocks[0].self_attn.config
-        self.children: list[tuple[Any, str, Any]] = []  # who holds which module under which name
+        self.children: list[Any] = []  # modules ...
+        self.places: list[tuple[Any, str]] = []  # ... and who holds them under which name
         self.linears: list[nn.Module] = []
         self.slots: list[tuple[Any, str]] = []  # who holds which tensor under which name
         weights, shapes, dtypes = [], [], []
@@ -65,6 +67,7 @@ class Plan:
             weights.append(Weights(**{name: t.data_ptr() for name, t in tensors.items()}))
             shapes.append(_shape(block))
             dtypes.append(_dtype(block, tensors))
+        self.classes = [nn.Linear] * len(self.linears)
         self.pointers = [held[name].data_ptr() for held, name in self.slots]
         alike = len(set(dtypes)) == 1 and all(b.self_attn.layer == self.layer + i for i, b in enumerate(blocks))
         self.dtype: torch.dtype | None = dtypes[0] if alike else None
@@ -75,9 +78,9 @@ class Plan:
         """Whether modules, weights and their places are what they were."""
         return (
             self.blocks == blocks
-            and [held[name].data_ptr() for held, name in self.slots] == self.pointers
-            and all(held.get(name) is child for held, name, child in self.children)
-            and all(type(module) is nn.Linear for module in self.linears)
+            and list(map(Tensor.data_ptr, [held[name] for held, name in self.slots])) == self.pointers
+            and all(map(is_, [held.get(name) for held, name in self.places], self.children))
+            and list(map(type, self.linears)) == self.classes
             and blocks[0].self_attn.config is self.config
         )
 
@@ -85,7 +88,9 @@ class Plan:
         """The tensors by their fields of Weights, and everything noted that `holds` asks for."""
         modules = dict(block.named_modules())
         where = WHERE | (LATENT if self.config.latent else {}) | (SPARSE if "mlp.gate" in modules else {})
-        self.children += [(m._modules, name, child) for m in modules.values() for name, child in m._modules.items()]
+        for module in modules.values():
+            self.places += [(module._modules, name) for name in module._modules]
+            self.children += module._modules.values()
         self.linears += [m for m in modules.values() if type(m) is nn.Linear]
         tensors = {}
         for field, (path, name) in where.items():

@@ -127,25 +127,26 @@ static i64 draw(const float* x, i64 V, float temperature, const Cut& cut, uint64
     return race(p, id, cuts ? keep(p, id, V, sum, cut) : V, key);
 }
 
-// Tokens [n] of logits [n, V] under each row's temperature and cuts (top_k 0: none); `key` is of a row's seed and position.
-EXPORT void draws(const float* x, i64 n, i64 V, const float* temperature, const float* top_p, const float* min_p, const i64* top_k,
-                  const uint64_t* key, i64* token, i64 threads) {
+// log(sum(exp(x))).
+static float log_sum(const float* x, i64 V) {
+    i64 where;
+    const float most = maximum(x, V, where);
+    return most + std::log(exponents(x, V, most, 1.0f, nullptr));
+}
+
+// Tokens [n] of logits x [n, V] under each row's temperature and cuts (top_k 0: none); `key` is of a row's seed and position. Where `own`
+// is given, each token's log-probability by those logits, too.
+EXPORT void draws(const float* x, const float* own, i64 n, i64 V, const double* temperature, const double* top_p, const double* min_p,
+                  const double* top_k, const uint64_t* key, i64* token, float* logprob, i64 threads) {
 #pragma omp parallel num_threads(n < threads ? n : threads)
     {
         std::vector<float> p(V + LANES);
         std::vector<uint64_t> id(V + LANES);
 #pragma omp for schedule(dynamic, 1)
-        for (i64 i = 0; i < n; i++)
-            token[i] = draw(x + i * V, V, temperature[i], Cut{top_p[i], min_p[i], top_k[i]}, key[i], p.data(), id.data());
-    }
-}
-
-// log(sum(exp(x))) of each row.
-EXPORT void logsumexp(const float* x, i64 n, i64 V, float* out, i64 threads) {
-#pragma omp parallel for num_threads(n < threads ? n : threads) schedule(dynamic, 1)
-    for (i64 i = 0; i < n; i++) {
-        i64 where;
-        const float most = maximum(x + i * V, V, where), sum = exponents(x + i * V, V, most, 1.0f, nullptr);
-        out[i] = most + std::log(sum);
+        for (i64 i = 0; i < n; i++) {
+            const Cut cut{float(top_p[i]), float(min_p[i]), i64(top_k[i])};
+            token[i] = draw(x + i * V, V, float(temperature[i]), cut, key[i], p.data(), id.data());
+            if (own) logprob[i] = own[i * V + token[i]] - log_sum(own + i * V, V);
+        }
     }
 }
