@@ -155,6 +155,15 @@ def test_a_thought_that_ends_in_time_is_let_be(tokenizer):
     assert (output.reasoning, output.text) == ("ab", "cd")
 
 
+def test_an_answer_without_a_thought(tokenizer):
+    engine = talker("abc", tokenizer)
+    (request,) = engine.add("abc", Sampling(0.0, max_tokens=9, thinking=False))
+    assert request.prompt == tokenizer.prompt_ids("abc", thinking=False)
+    while engine.busy:
+        engine.step()
+    assert request.output.reasoning is None and request.output.text
+
+
 @pytest.mark.parametrize("settings", [dict(stop=("x",)), dict(max_thinking_tokens=3)])
 def test_words_need_a_tokenizer(model, settings):
     with pytest.raises(BadInput, match="tokenizer"):
