@@ -57,7 +57,7 @@ def _attend(  # type: ignore[no-untyped-def]
     if C > R:
         q_rest = tl.load(query + R + rest[None, :], mask=is_head & is_rest, other=0.0)
 
-    length = tl.load(positions + token) + 1
+    length = tl.load(positions + token).to(tl.int32) + 1
     span = tl.cdiv(tl.cdiv(length, POSITIONS), parts) * POSITIONS
     stop = tl.minimum((part + 1) * span, length)
     table = tables + tl.load(rows + token).to(tl.int64) * table_width
@@ -87,11 +87,12 @@ def _attend(  # type: ignore[no-untyped-def]
         mixed = tl.dot(weights.to(value.dtype), value, mixed * keep[:, None], input_precision="ieee")
         largest = now_largest
 
-    # A part may have nothing to read: zeros, whose weight is 0.
+    # Where tables are wide and rows short, parts may have nothing to read: their weight is 0, and what they give is never read.
     at_out = (token * parts + part) * H + head
     total = tl.where(total == 0.0, 1.0, total)
-    mixed = mixed / total[:, None]
-    tl.store(out + at_out[:, None] * R + first[None, :], mixed.to(out.dtype.element_ty), mask=is_head & is_first)
+    if part * span < stop:
+        mixed = mixed / total[:, None]
+        tl.store(out + at_out[:, None] * R + first[None, :], mixed.to(out.dtype.element_ty), mask=is_head & is_first)
     tl.store(log_sums + at_out, largest + tl.log2(total), mask=member < GROUP)
 
 
@@ -108,7 +109,8 @@ def _unite(part_out, log_sums, out, parts, H: tl.constexpr, R: tl.constexpr, FIR
         row = (token * parts + at + some) * H + head
         is_part = at + some < parts
         log_sum = tl.load(log_sums + row, mask=is_part, other=float("-inf"))
-        values = tl.load(part_out + row[:, None] * R + first[None, :], mask=is_part[:, None] & (first[None, :] < R), other=0.0)
+        is_read = (log_sum != float("-inf"))[:, None] & (first[None, :] < R)
+        values = tl.load(part_out + row[:, None] * R + first[None, :], mask=is_read, other=0.0)
         now_largest = tl.maximum(largest, tl.max(log_sum, 0))
         weights, keep = tl.exp2(log_sum - now_largest), tl.exp2(largest - now_largest)
         total = total * keep + tl.sum(weights, 0)

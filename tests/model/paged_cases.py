@@ -29,7 +29,7 @@ def case(name: str, dtype: torch.dtype, device: str = "cpu", tokens: int = 2) ->
     draw = torch.Generator().manual_seed(len(name))
     widest = -(-max(lengths) // BLOCK)
     order = (torch.randperm(len(lengths) * widest, generator=draw) + 1).view(-1, widest).int()
-    order = torch.cat((order, torch.zeros_like(order[:, :1])), 1)  # a table is wider than its row is long
+    order = torch.cat((order, torch.zeros_like(order)), 1)  # tables are wider than their rows are long
     if len(lengths) > 1 and min(lengths[:2]) >= BLOCK:
         order[1, 0] = order[0, 0]
     pool = torch.full((int(order.max()) + 1, BLOCK, groups * (key + value) or key), torch.nan)
