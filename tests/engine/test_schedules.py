@@ -14,7 +14,7 @@ from pascaline.engine.speculate import Speculation
 
 KINDS = {
     "latent": dict(num_nextn_predict_layers=1),
-    "latent, small queries, groups of experts": dict(q_lora_rank=10, n_group=4, topk_group=2, num_experts_per_tok=3, num_nextn_predict_layers=1),
+    "latent queries": dict(q_lora_rank=10, n_group=4, topk_group=2, num_experts_per_tok=3, num_nextn_predict_layers=1),
     "grouped": dict(model_type="qwen3", num_key_value_heads=1, head_dim=8),
 }  # fmt: skip
 
@@ -27,10 +27,8 @@ def asked() -> list[tuple[list[int], Sampling]]:
     for i in range(9):
         own = draw.integers(3, 61, int(draw.integers(1, 60))).tolist()
         settings = dict(max_tokens=int(draw.integers(1, 40)), seed=i, n=[1, 1, 3][i % 3], min_tokens=i % 4)
-        settings |= [dict(temperature=0.0), dict(temperature=1.0, top_p=1.0), dict(temperature=0.7, top_p=0.9, top_k=20, min_p=0.01)][
-            i // 3
-        ]
-        settings |= [dict(), dict(frequency_penalty=0.5), dict(repetition_penalty=1.2, logit_bias=((7, 2.0),))][i % 3 if i > 5 else 0]
+        settings |= [dict(temperature=0.0), dict(temperature=1.0, top_p=1.0), dict(temperature=0.7, top_k=20, min_p=0.01)][i // 3]
+        settings |= [dict(), dict(), dict(), dict(frequency_penalty=0.5), dict(repetition_penalty=1.2, logit_bias=((7, 2.0),))][i % 5]
         found.append(((system if i % 2 else []) + own, Sampling(**settings)))
     return found
 

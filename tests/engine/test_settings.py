@@ -115,7 +115,7 @@ def talker(script: str, tokenizer: Tokenizer) -> Engine:
     head = model.hidden
 
     def hidden(tokens, positions=None, documents=None, cache=None):
-        found, routings = head(tokens, positions, documents, cache)
+        _, routings = head(tokens, positions, documents, cache)
         at = (positions - len(prompt) + 1).clamp(0, len(ids) - 1)
         return torch.nn.functional.one_hot(torch.tensor(ids)[at], tokenizer.vocab_size).float() * 30, routings
 
