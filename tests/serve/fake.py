@@ -48,8 +48,8 @@ class FakeEngine:
         self.rows, self.delay, self.logprob = rows, delay, logprob
         config = SimpleNamespace(max_position_embeddings=CONTEXT, vocab_size=self.tokenizer.vocab_size, eos_token_id=self.tokenizer.end)
         self.model = SimpleNamespace(config=config, device="cpu")
-        names = "steps prefilled generated prefix_queries prefix_hits preemptions drafts draft_tokens accepted_tokens running waiting blocks_used"
-        self.stats = SimpleNamespace(**dict.fromkeys(names.split(), 0), blocks=1000, step_seconds=0.0)
+        names = "steps prefilled generated prefix_queries prefix_hits preemptions drafts draft_tokens accepted_tokens running waiting"
+        self.stats = SimpleNamespace(**dict.fromkeys(names.split(), 0), blocks=1000, blocks_used=0, step_seconds=0.0)
         self.capacity = 16000
         self.waiting: list[FakeRequest] = []
         self.running: list[FakeRequest] = []
