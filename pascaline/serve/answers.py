@@ -351,6 +351,8 @@ class Answers:
         thinking (bool), max_thinking_tokens (None: no limit), seed, stop, ... usage: the API's, with "finish_reason" ("stop" or "length").
         Closing the iterator cancels the answer. BadInput for what the client did wrong (a full queue too), ApiError 5xx for the rest.
         """
+        if self.options.max_tokens:  # the page has a slider, and does not know the limit
+            settings["max_tokens"] = min(settings.get("max_tokens") or self.options.max_tokens, self.options.max_tokens)
         try:
             body = ChatRequest.model_validate({"messages": messages, **settings, "n": 1})
         except ValidationError as error:
