@@ -33,7 +33,6 @@ HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
 }
 BRASS = ("#fbf6ea", "#f4e9cd", "#ead5a3", "#dfbf78", "#d0a54f", "#b58732", "#8a6116", "#6f4d12", "#573c10", "#46300e", "#281b07")
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif")

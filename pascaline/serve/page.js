@@ -176,4 +176,11 @@ function draw() {
 
 watch("value", draw);
 draw();
-if (window.innerWidth >= 1100) document.querySelector("#panel .toggle-button").click(); // there is room for it
+
+// The panel starts closed, and opens where there is room for it, as soon as it is there.
+function openPanel() {
+  const button = document.querySelector("#panel .toggle-button");
+  if (button) button.click();
+  else requestAnimationFrame(openPanel);
+}
+if (window.innerWidth >= 1100) openPanel();
