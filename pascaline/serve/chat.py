@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +29,7 @@ ROUTES = re.compile(
     r"/|/(assets|static)/[\w./-]+|/theme\.css|/favicon\.ico|/manifest\.json|/pwa_icon|/config"
     r"|/gradio_api/(queue/join|queue/data|run/predict|heartbeat/\w+|startup-events|reset|cancel)/?"
 )
+PREFIX = re.compile(r"(/[\w.~-]+)+", re.ASCII)
 HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
@@ -131,12 +132,16 @@ def _conversation(value: Any) -> Conversation:
 
 
 def guarded(app: ASGIApp) -> ASGIApp:
-    """`app` with the page's headers, and 404 for what is not one of ROUTES."""
+    """`app` with the page's headers, and 404 for what is not one of ROUTES. A proxy that serves the page under a path says so in
+    X-Forwarded-Prefix."""
 
     async def served(scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or not ROUTES.fullmatch(path):
             raise HTTPException(404)
+        prefix = Headers(scope=scope).get("x-forwarded-prefix", "").rstrip("/")
+        if PREFIX.fullmatch(prefix):
+            scope = {**scope, "root_path": prefix, "path": prefix + path}
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
