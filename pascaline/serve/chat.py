@@ -35,6 +35,12 @@ HEADERS = {
     "img-src 'self' data:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     "referrer-policy": "no-referrer",
 }
+# A dial of the machine that this is named after.
+ICON = (
+    "<link rel='icon' href=\"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'>"
+    "<circle cx='16' cy='16' r='14' fill='%238a6116'/><circle cx='16' cy='16' r='9.5' fill='none' stroke='white' stroke-width='2.5' "
+    "stroke-dasharray='4 1.97'/><path d='M16 16 L21 10' stroke='white' stroke-width='3' stroke-linecap='round'/></svg>\">"
+)
 BRASS = ("#fbf6ea", "#f4e9cd", "#ead5a3", "#dfbf78", "#d0a54f", "#b58732", "#8a6116", "#6f4d12", "#573c10", "#46300e", "#281b07")
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
@@ -44,7 +50,7 @@ def mount(app: FastAPI, backend: Backend) -> None:
     """Serve the page at "/" of `app`; call it last, for it takes every path that no route before it takes."""
     theme = gr.themes.Base(primary_hue=gr.themes.Color(*BRASS), neutral_hue="stone", font=SANS, font_mono=MONO)
     css = (HERE / "page.css").read_text(encoding="utf-8")
-    extras: dict[str, Any] = {"footer_links": [], "run_history": False, "mcp_server": False, "pwa": False, "ssr_mode": False}
+    extras: dict[str, Any] = {"head": ICON, "footer_links": [], "run_history": False, "mcp_server": False, "pwa": False, "ssr_mode": False}
     gr.mount_gradio_app(app, page(backend), "/", theme=theme, css=css, show_error=False, max_file_size=1, **extras)
     route = app.router.routes[-1]
     route.app = guarded(route.app)  # type: ignore[attr-defined]

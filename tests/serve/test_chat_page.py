@@ -39,6 +39,8 @@ SCRIPTS: dict[str, Any] = {
         [("reasoning", "d"), usage(40, "length")],
     ],
 }
+# The browser asks for these at the host's root, where a proxy may have others or none; nothing needs them.
+ASIDE = r"http://127\.0\.0\.1:\d+/(favicon\.ico|manifest\.json)"
 
 
 @contextmanager
@@ -91,9 +93,7 @@ class Page:
     def __init__(self, browser: Any, address: str, viewport: dict[str, int] = DESK, **options: Any) -> None:
         self.wrong: list[str] = []
         self.page = browser.new_context(viewport=viewport, **options).new_page()
-        # Gradio's page names the manifest at the host's root, where a proxy may have none; nothing needs it.
-        where = {"manifest": address.split("/", 3)[0] + "//" + address.split("/", 3)[2] + "/manifest.json"}
-        self.page.on("console", lambda m: m.type == "error" and m.location["url"] != where["manifest"] and self.wrong.append(m.text))
+        self.page.on("console", lambda m: m.type == "error" and not re.fullmatch(ASIDE, m.location["url"]) and self.wrong.append(m.text))
         self.page.on("pageerror", lambda e: self.wrong.append(str(e)))
         self.page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or self.wrong.append(r.url))
         self.page.on("response", lambda r: r.status < 400 or self.wrong.append(f"{r.status} {r.url}"))
