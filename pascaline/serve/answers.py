@@ -36,7 +36,7 @@ class Voice:
     """One answer as its pieces arrive. raw: all is text, as completions want it; chats have thoughts."""
 
     def __init__(self, tokenizer: Tokenizer, job: Job, index: int, raw: bool):
-        self.tokenizer, self.request = tokenizer, job.requests[index]
+        self.tokenizer, self.request, self.first = tokenizer, job.requests[index], job.requests[0]
         self.transcript = Transcript(tokenizer, job.ids, job.sampling.stop, self.request.stops, thoughts=not raw)
         self.count = 0
         self.finish_reason: str | None = None
@@ -152,7 +152,8 @@ class Answers:
         ids = await self.off_loop(self.chat_prompt, body)
         wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         top = body.top_logprobs or 0
-        return await self.service.submit([ids], [self.sampling(body, ids, wanted, None, "messages", top_logprobs=top)], salt)
+        sampling = self.sampling(body, ids, wanted, None, "messages", top_logprobs=top)
+        return await self.service.submit([ids], [sampling], salt, whole=not body.stream)
 
     def chat_prompt(self, body: ChatRequest) -> list[int]:
         if len(body.messages) > self.options.max_messages:
@@ -167,7 +168,8 @@ class Answers:
         wanted = 16 if body.max_tokens is None else body.max_tokens
         more = {"top_logprobs": body.logprobs or 0, "prompt_logprobs": bool(body.echo) and (body.logprobs is not None or wanted == 0)}
         samplings = [self.sampling(body, ids, wanted, i, "prompt", **more) for i, ids in enumerate(prompts)]
-        return await self.service.submit(prompts, samplings, salt)
+        whole = not body.stream and not body.stops  # the engine does not look for stop strings in what it takes for a thought
+        return await self.service.submit(prompts, samplings, salt, whole)
 
     def prompt_ids(self, prompt: str | list[int], begin: bool = True) -> list[int]:
         """Ids of a raw prompt; special tokens in it are parsed, and what a document begins with is put before it."""
@@ -293,7 +295,7 @@ class Answers:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, special=True)
 
     def _prompt_entries(self, voice: Voice) -> list[tuple[int, float | None, list[tuple[int, float]]]]:
-        request = voice.request
+        request = voice.first
         top = request.prompt_top or [[]] * len(request.prompt)
         return list(zip(request.prompt, request.prompt_logprobs, top, strict=False))
 
@@ -351,8 +353,10 @@ class Answers:
         thinking (bool), max_thinking_tokens (None: no limit), seed, stop, ... usage: the API's, with "finish_reason" ("stop" or "length").
         Closing the iterator cancels the answer. BadInput for what the client did wrong (a full queue too), ApiError 5xx for the rest.
         """
+        if self.options.max_tokens:  # the page has a slider, and does not know the limit
+            settings["max_tokens"] = min(settings.get("max_tokens") or self.options.max_tokens, self.options.max_tokens)
         try:
-            body = ChatRequest.model_validate({"messages": messages, **settings, "n": 1})
+            body = ChatRequest.model_validate({"messages": messages, **settings, "n": 1, "stream": True})
         except ValidationError as error:
             raise BadInput(describe_validation(error, "chat", ChatRequest.model_fields)) from None
         jobs: list[Job] = []
@@ -369,8 +373,7 @@ class Answers:
                 raise BadInput(error.message) from None
             raise
         finally:
-            for job in jobs:
-                self.service.close(job)
+            self.service.close_all(jobs)
 
 
 def model_card(answers: Answers) -> dict[str, Any]:
