@@ -138,14 +138,19 @@ def _conversation(value: Any) -> Conversation:
 
 
 def guarded(app: ASGIApp) -> ASGIApp:
-    """`app` with the page's headers, and 404 for what is not one of ROUTES. A proxy that serves the page under a path says so in
-    X-Forwarded-Prefix."""
+    """`app` with the page's headers; 404 for what is not one of ROUTES, 403 for what another site's page asks for beside the page itself.
+
+    A proxy that serves the page under a path says so in X-Forwarded-Prefix.
+    """
 
     async def served(scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or not ROUTES.fullmatch(path):
             raise HTTPException(404)
-        prefix = Headers(scope=scope).get("x-forwarded-prefix", "").rstrip("/")
+        asked = Headers(scope=scope)
+        if path != "/" and asked.get("sec-fetch-site") == "cross-site":
+            raise HTTPException(403)
+        prefix = asked.get("x-forwarded-prefix", "").rstrip("/")
         if PREFIX.fullmatch(prefix):
             scope = {**scope, "root_path": prefix, "path": prefix + path}
 
@@ -153,6 +158,8 @@ def guarded(app: ASGIApp) -> ASGIApp:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
+                for name in [name for name in headers if name.startswith("access-control-")]:  # Gradio allows every origin
+                    del headers[name]
             await send(message)
 
         await app(scope, receive, told)

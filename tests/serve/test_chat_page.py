@@ -287,6 +287,16 @@ def test_the_page_of_the_real_server_at_its_root_and_behind_a_proxy(browser, pre
         assert httpx.get(own + "gradio_api/info").json()["error"]["message"]
 
 
+def test_another_site_cannot_use_the_page(served) -> None:
+    import httpx
+
+    foreign = {"origin": "http://192.0.2.7", "host": "models.example:80", "sec-fetch-site": "cross-site"}
+    body = {"fn_index": 0, "session_hash": "x", "data": ["sum", {}, "", 1, 0.6, 0.95, 64, True, 0, 0]}
+    assert httpx.post(served[0] + "gradio_api/queue/join", json=body, headers=foreign).status_code == 403
+    page = httpx.get(served[0], headers=foreign)  # somebody followed a link
+    assert page.status_code == 200 and not [name for name in page.headers if name.startswith("access-control")]
+
+
 def test_the_rest_of_gradio_is_not_served(served) -> None:
     import httpx
 

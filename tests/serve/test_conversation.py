@@ -1,4 +1,6 @@
 import asyncio
+import subprocess
+import sys
 from contextlib import aclosing
 from types import SimpleNamespace
 
@@ -125,3 +127,16 @@ def test_a_conversation_comes_back_from_the_browser_whole_and_a_forged_one_is_re
             read(forged)
     voted = {"question": "q", "branches": [{"answer": "a", "state": "done"}], "tally": [{"answer": "a", "branches": [99]}]}
     assert read({"turns": [voted]}).messages("", "?")[1]["content"] == "a", "whom the browser calls the winner does not matter"
+
+
+def test_without_the_page_gradio_is_not_imported_and_without_gradio_there_is_one_sentence() -> None:
+    code = (
+        "import sys; from pascaline.serve import conversation, server; from pascaline.serve.options import Options\n"
+        "assert server._page(Options(ui=False), print) is None and 'gradio' not in sys.modules\n"
+        "sys.modules['gradio'] = None\n"
+        "from pascaline.errors import BadInput\n"
+        "try: import pascaline.serve.chat\n"
+        "except BadInput as error: assert 'pascaline[ui]' in str(error)\n"
+        "else: raise AssertionError"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
