@@ -25,11 +25,13 @@ class Transcript:
     """Token ids of one answer -> thought and text, piece by piece. Any split of the ids gives the same whole.
 
     prompt: the ids before the answer; stop: strings that end the text (never inside the thought) and are no part of it: the one that is
-    complete first, and of several that end together the longest; ends: ids that end an answer and are not text.
+    complete first, and of several that end together the longest; ends: ids that end an answer and are not text. thoughts: False for plain
+    completions, where all is text, tags too.
     In a vocabulary with bytes to fall back on, a broken character may count fewer U+FFFD than tokenizers gives to it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), ends: Collection[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), ends: Collection[int] = (),
+                 thoughts: bool = True):  # fmt: skip
         self.tokenizer, self.ends = tokenizer, frozenset(ends)
         self.stop = sorted({s for s in stop if s}, key=len, reverse=True)
         self.stopped: str | None = None
@@ -37,8 +39,9 @@ class Transcript:
         self._thought: list[str] | None = None
         self._text: list[str] = []
         standing, self._bare, self._open, self._close = tokenizer.tags(prompt)
-        self._part = _Part.TEXT if standing == UNTHINK else _Part.UNDECIDED
-        if standing == THINK:
+        self._shown = frozenset() if thoughts else frozenset((self._open, self._close))
+        self._part = _Part.TEXT if standing == UNTHINK or not thoughts else _Part.UNDECIDED
+        if standing == THINK and thoughts:
             self._begin_thought()
         self._blank: list[str] = []  # blanks before it is decided
         self._held = ""  # characters that may still change their meaning
@@ -62,6 +65,11 @@ class Transcript:
     def thinking(self) -> bool:
         """Whether it is inside an unclosed thought now."""
         return self._part in (_Part.OPENING, _Part.THOUGHT)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it is still open if there is a thought."""
+        return self._part is _Part.UNDECIDED
 
     def feed(self, ids: Sequence[int]) -> tuple[str, str]:
         """Read the next ids; what is new and settled, as (reasoning, text)."""
@@ -105,7 +113,7 @@ class Transcript:
         if self.thinking and token == self._close:
             self._flush()
             self._end_thought()
-        elif not self.tokenizer.is_special(token):
+        elif token in self._shown or not self.tokenizer.is_special(token):
             piece = self.tokenizer.piece(token, self._first)
             self._first = False
             self._push(self._bytes.decode(piece))
