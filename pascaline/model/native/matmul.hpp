@@ -8,7 +8,7 @@ template <class T, int MR, int NR>
 INLINE void tile(const T* const* x, const T* w, i64 stride, i64 K, float* out) {
     using D = Dot<T>;
     Lanes sum[MR * NR] = {};
-    i64 k = 0;
+    i64 k = 0;  // what is TILE rows further is asked for meanwhile: weights of few tokens come from far away
     for (; k + D::width <= K; k += D::width) {
         typename D::Chunk a[MR];
 #pragma GCC unroll 16
@@ -16,6 +16,7 @@ INLINE void tile(const T* const* x, const T* w, i64 stride, i64 K, float* out) {
 #pragma GCC unroll 16
         for (int j = 0; j < NR; j++) {
             typename D::Chunk b = D::take(w + j * stride + k);
+            __builtin_prefetch(w + (j + TILE) * stride + k);
 #pragma GCC unroll 16
             for (int i = 0; i < MR; i++) sum[i * NR + j] = D::add(sum[i * NR + j], a[i], b);
         }
