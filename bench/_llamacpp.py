@@ -3,6 +3,7 @@
 import ctypes
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,12 +15,8 @@ from pascaline.model import gguf
 
 def missing() -> str:
     """Why it cannot be measured, or ""."""
-    try:
-        import gguf as _
-        import llama_cpp as _  # noqa: F811
-    except ImportError as e:
-        return f"llama.cpp is not measured: {e.name} is not installed (pip install pascaline[gguf,llama])"
-    return ""
+    lacking = [name for name in ("gguf", "llama_cpp") if find_spec(name) is None]
+    return f"llama.cpp is not measured: {', '.join(lacking)} is not installed (pip install pascaline[gguf,llama])" if lacking else ""
 
 
 def file(kind: str) -> Path:

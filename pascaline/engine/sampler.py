@@ -116,7 +116,7 @@ def exponentials(key_n: Tensor, ids_nM: Tensor) -> Tensor:
 def sample(logits_nV: Tensor, settings_n: Sequence[Sampling], seed_n: np.ndarray, position_n: np.ndarray) -> Tensor:
     """Tokens [n] under each row's temperature and cuts. position: the token's index in its answer."""
     if native.library() and logits_nV.device.type == "cpu":
-        return native.draws(logits_nV.float().contiguous(), *_told(settings_n, seed_n, position_n))[0]
+        return native.draws(logits_nV.float().contiguous(), _cuts(settings_n), seed_n, position_n)[0]
     return sample_torch(logits_nV, settings_n, _keys(seed_n, position_n))
 
 
@@ -126,7 +126,7 @@ def draw(
     """`sample` of adjusted float32 logits, and the tokens' log-probabilities by the model's own; these are no numbers where there are
     some among the own logits that are none."""
     if native.library() and own_nV.device.type == "cpu":
-        return native.draws(adjusted_nV.contiguous(), *_told(settings_n, seed_n, position_n), own_nV.contiguous())
+        return native.draws(adjusted_nV.contiguous(), _cuts(settings_n), seed_n, position_n, own_nV.contiguous())
     tokens = sample_torch(adjusted_nV, settings_n, _keys(seed_n, position_n))
     return tokens, own_nV.gather(1, tokens.unsqueeze(1)).squeeze(1) - own_nV.logsumexp(-1)
 
@@ -135,9 +135,8 @@ def _keys(seed_n: np.ndarray, position_n: np.ndarray) -> np.ndarray:
     return mix(seed_n.astype(np.uint64) + mix(position_n.astype(np.uint64)))
 
 
-def _told(settings_n: Sequence[Sampling], seed_n: np.ndarray, position_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    cuts = [(s.temperature, s.top_p, s.min_p, s.top_k) for s in settings_n]
-    return np.array(cuts).T, _keys(seed_n, position_n)
+def _cuts(settings_n: Sequence[Sampling]) -> np.ndarray:
+    return np.array([[s.temperature, s.top_p, s.min_p, s.top_k] for s in settings_n]).T
 
 
 def sample_torch(logits_nV: Tensor, settings_n: Sequence[Sampling], key_n: np.ndarray) -> Tensor:

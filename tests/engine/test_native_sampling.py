@@ -18,7 +18,8 @@ def kernels():
 
 
 CUTS = [
-    Sampling(temperature=1.0, top_p=1.0), Sampling(temperature=0.6, top_p=0.95), Sampling(temperature=0.0), Sampling(temperature=1.3, top_p=0.3),
+    Sampling(temperature=1.0, top_p=1.0), Sampling(temperature=0.6, top_p=0.95), Sampling(temperature=0.0),
+    Sampling(temperature=1.3, top_p=0.3),
     Sampling(top_k=5, top_p=1.0), Sampling(top_k=40, top_p=0.7), Sampling(min_p=0.1, top_p=1.0), Sampling(min_p=0.02, top_p=0.8, top_k=100),
     Sampling(temperature=1e-6), Sampling(top_k=1),
 ]  # fmt: skip

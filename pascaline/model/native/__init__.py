@@ -1,7 +1,7 @@
 """The CPU's kernels for a step of the engine, beside the modules' own PyTorch forward (parity: tests).
 
-What they add to speed is a promise: a token's numbers depend on that token's own inputs alone, bit for bit, whatever else is in the step, in
-whichever order and on however many threads. Weights are read where the module has them; nothing is copied or repacked.
+What they add to speed is a promise: a token's numbers depend on that token's own inputs alone, bit for bit, whatever else is in the step,
+in whichever order and on however many threads. Weights are read where the module has them; nothing is copied or repacked.
 """
 
 import ctypes
@@ -81,7 +81,7 @@ def library() -> ctypes.CDLL | None:
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     at, number = ctypes.c_void_p, ctypes.c_int64
-    arguments = {"turns": [at, at, ctypes.c_float, at, number, number], "draws": [at, at, number, number, *[at] * 7, number]}
+    arguments = {"turns": [at, at, ctypes.c_float, at, number, number], "draws": [at, at, number, number, *[at] * 8, number]}
     for suffix in SUFFIX.values():
         arguments[f"blocks_{suffix}"] = [number, at, at, at, number]
         arguments[f"linear_{suffix}"] = [*[at] * 4, *[number] * 4]
@@ -170,16 +170,17 @@ def blocks(layers: Sequence[nn.Module], x_1nD: Tensor, turn: Tensor, cache: Any)
     return out
 
 
-def draws(logits_nV: Tensor, cuts_4n: Array, key_n: Array, own_nV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def draws(logits_nV: Tensor, cuts_4n: Array, seed_n: Array, position_n: Array, own_nV: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """engine.sampler's tokens [n], of float32 logits on the CPU; cuts: temperature, top_p, min_p, top_k. And by `own_nV`, the model's own
     logits, their log-probabilities [n]; no numbers where those are none. The kernels must be there."""
     kernels = library()
     assert kernels is not None and logits_nV.is_contiguous() and (own_nV is None or own_nV.is_contiguous())
-    (n, V), cuts, keys = logits_nV.shape, np.ascontiguousarray(cuts_4n, np.float64), np.ascontiguousarray(key_n, np.uint64)
+    (n, V), cuts = logits_nV.shape, np.ascontiguousarray(cuts_4n, np.float64)
+    keys = np.ascontiguousarray(seed_n, np.uint64), np.ascontiguousarray(position_n, np.uint64)
     tokens, logprobs = torch.empty(n, dtype=torch.long), torch.empty(n)
-    columns = (cuts.ctypes.data + 8 * n * i for i in range(4))
-    own = None if own_nV is None else own_nV.data_ptr()
+    first = cuts.ctypes.data
     kernels.draws(
-        logits_nV.data_ptr(), own, n, V, *columns, keys.ctypes.data, tokens.data_ptr(), logprobs.data_ptr(), torch.get_num_threads()
-    )
+        logits_nV.data_ptr(), None if own_nV is None else own_nV.data_ptr(), n, V, *(first + 8 * n * i for i in range(4)),
+        *(a.ctypes.data for a in keys), tokens.data_ptr(), logprobs.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
     return tokens, logprobs

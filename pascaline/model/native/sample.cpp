@@ -134,10 +134,10 @@ static float log_sum(const float* x, i64 V) {
     return most + std::log(exponents(x, V, most, 1.0f, nullptr));
 }
 
-// Tokens [n] of logits x [n, V] under each row's temperature and cuts (top_k 0: none); `key` is of a row's seed and position. Where `own`
+// Tokens [n] of logits x [n, V] under each row's temperature and cuts (top_k 0: none), seed and position. Where `own`
 // is given, each token's log-probability by those logits, too.
 EXPORT void draws(const float* x, const float* own, i64 n, i64 V, const double* temperature, const double* top_p, const double* min_p,
-                  const double* top_k, const uint64_t* key, i64* token, float* logprob, i64 threads) {
+                  const double* top_k, const uint64_t* seed, const uint64_t* position, i64* token, float* logprob, i64 threads) {
 #pragma omp parallel num_threads(n < threads ? n : threads)
     {
         std::vector<float> p(V + LANES);
@@ -145,7 +145,8 @@ EXPORT void draws(const float* x, const float* own, i64 n, i64 V, const double* 
 #pragma omp for schedule(dynamic, 1)
         for (i64 i = 0; i < n; i++) {
             const Cut cut{float(top_p[i]), float(min_p[i]), i64(top_k[i])};
-            token[i] = draw(x + i * V, V, float(temperature[i]), cut, key[i], p.data(), id.data());
+            const uint64_t key = mix(seed[i] + mix(position[i]));
+            token[i] = draw(x + i * V, V, float(temperature[i]), cut, key, p.data(), id.data());
             if (own) logprob[i] = own[i * V + token[i]] - log_sum(own + i * V, V);
         }
     }
