@@ -387,6 +387,7 @@ def first_problem(errors: Sequence[Any]) -> ApiError:
     error = max(errors, key=lambda e: len(e["loc"]))
     names = {"str", "int", "body", "list[TextPart]", "list[str]", "list[int]"}
     path = [str(part) for part in error["loc"] if str(part) not in names and not str(part).startswith(("list[", "constrained", "function"))]
+    path += [error["ctx"]["param"]] if error["type"] == "wrong" else []
     param = ".".join(path)[:200] or None
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "json_invalid":
