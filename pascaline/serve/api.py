@@ -62,7 +62,7 @@ def app(engine: Any, options: Options | None = None, page: Callable[[FastAPI, An
             yield
         finally:
             service.stop()
-            await service.join()
+            await service.join(30 if service.engine is not None else 0)  # who stops while it loads does not wait for it
 
     made = FastAPI(
         title="Pascaline", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None, separate_input_output_schemas=False

@@ -269,8 +269,8 @@ def test_the_log_has_one_line_a_request_and_no_prompt(caplog):
 
 
 def test_nothing_here_can_unpickle_run_or_fetch():
-    """CVE-2025-32444, -29783, -30165, -47277, CVE-2024-11041, CVE-2026-3059 and more (pickle on sockets), CVE-2025-62164 and -24357 (tensors
-    from a request or a pickle), CVE-2025-9141 (eval), CVE-2025-66448 (code of a model's folder), CVE-2025-6242 (fetching)."""
+    """CVE-2025-32444, -29783, -30165, -47277, CVE-2024-11041, CVE-2026-3059 and more (pickle on sockets), CVE-2025-62164 and
+    -24357 (tensors from a request), CVE-2025-9141 (eval), CVE-2025-66448 (code of a model's folder), CVE-2025-6242 (fetching)."""
     import ast
 
     import pascaline.serve
