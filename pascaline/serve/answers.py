@@ -392,4 +392,6 @@ def first_problem(errors: Sequence[Any]) -> ApiError:
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "json_invalid":
         param, message = None, "The body is not valid JSON."
+    elif param is None:
+        message = "The body must be a JSON object, with the content-type application/json."
     return ApiError(400, f"{param}: {message}" if param else message, param)
