@@ -72,6 +72,7 @@ def _log() -> None:
         root.addHandler(handler)
         root.setLevel(logging.INFO)
         root.propagate = False
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it tells of every write to a client that has gone
 
 
 def _loopback(host: str) -> bool:
