@@ -126,6 +126,8 @@ class Engine:
 
     def add(self, prompt: Prompt, sampling: Sampling, salt: str = "") -> list[Request]:
         """Queue the n answers of a prompt. Prefixes are reused among requests of the same salt only. BadInput if it can never fit."""
+        if not self.busy:
+            self._look_at_weights()
         group = self._intake.requests(prompt, sampling, 0, salt)
         self.scheduler.add(group)
         return group
