@@ -6,7 +6,6 @@ The engine calls the trainer's own modules with the weights in memory, so an upd
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,30 +21,11 @@ from pascaline.engine.request import Output, Request, Top
 from pascaline.engine.sampler import Sampling, draw
 from pascaline.engine.scheduler import Scheduler
 from pascaline.engine.speculate import Speculation
+from pascaline.engine.stats import Stats
 from pascaline.errors import BadInput
 from pascaline.model import hf, native
 from pascaline.model.transformer import Model
 from pascaline.tokenizer import Tokenizer
-
-
-@dataclass
-class Stats:
-    """Counts over the engine's life, and how it stands now (running, waiting, blocks_used; step_seconds: the last step's)."""
-
-    steps: int = 0
-    prefilled: int = 0  # prompt tokens computed
-    generated: int = 0
-    prefix_queries: int = 0  # prompt tokens looked up ...
-    prefix_hits: int = 0  # ... and found
-    preemptions: int = 0
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    running: int = 0
-    waiting: int = 0
-    blocks: int = 0
-    blocks_used: int = 0
-    step_seconds: float = 0.0
 
 
 class Engine:
