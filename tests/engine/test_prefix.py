@@ -248,7 +248,8 @@ def test_all_cancelled_in_any_order(model):
     engine.step()
     for request in group:
         engine.cancel(request)
-    assert not engine.busy and engine._blocks.used == 0 and engine.scheduler.queued == 0
+    assert not engine.busy and engine.scheduler.queued == 0
+    assert engine.stats.running == engine.stats.waiting == engine.stats.blocks_used == 0  # at once, not after another step
 
 
 def test_logits_that_are_no_numbers_end_their_answer_alone(model, monkeypatch):
@@ -259,7 +260,7 @@ def test_logits_that_are_no_numbers_end_their_answer_alone(model, monkeypatch):
     place, take = model.head, engine._places
     asked: list = []
     monkeypatch.setattr(engine, "_places", lambda *a: asked.append(take(*a)) or asked[-1])
-    spoil = lambda *a: torch.where(torch.tensor([[r is bad] for r, _, _ in asked[-1]]), torch.nan, place(*a))  # noqa: E731
+    spoil = lambda h, cache: torch.where(torch.tensor([[r is bad] for r, _, _ in asked[-1]]), torch.nan, place(h, cache))  # noqa: E731
     monkeypatch.setattr(model, "head", spoil)
     engine.step()
     assert bad.finish_reason == "error" and "no numbers" in bad.error and bad.output.token_ids == []
