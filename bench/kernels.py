@@ -1,4 +1,4 @@
-"""The engine's CPU kernels against PyTorch's: products of the measured model's shapes in GFLOP/s, and a whole decode step in milliseconds."""
+"""The engine's CPU kernels against PyTorch's: products of the measured model's shapes in GFLOP/s; and decode steps in milliseconds."""
 
 import time
 from collections.abc import Callable

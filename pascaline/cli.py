@@ -195,6 +195,7 @@ def doctor(
         print(json.dumps(needed) if as_json else post_doctor.text(needed))
         return
     from pascaline import device, runs
+    from pascaline.model import native
 
     chosen = device.choose()
     facts = {
@@ -203,6 +204,7 @@ def doctor(
         "device": str(chosen),
         "dtype": str(device.best_dtype(chosen)).removeprefix("torch."),
         "gemm_gflops": device.peak(chosen, again=True),
+        "cpu_kernels": native.wait() or "built",
     }
     if as_json:
         print(json.dumps(facts))
@@ -295,7 +297,9 @@ def data_trace(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="train, decode, data, demo, exchange, head, memory, mla, moe, muon, ranks or stability")],
+    name: Annotated[
+        str, typer.Argument(help="train, decode, data, demo, exchange, head, kernels, memory, mla, moe, muon, ranks or stability")
+    ],
 ) -> None:
     """Measure against a peer in one run (scripts in bench/ of the repository). Options follow the name: --json, ..."""
     from pascaline.errors import nearest

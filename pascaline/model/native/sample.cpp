@@ -75,13 +75,13 @@ struct Cut {
     i64 top_k;
 };
 
-// The race among `count` tokens: the largest p / E wins, of those alike the first.
+// The race among `count` tokens, all of them if there is no `id`: the largest p / E wins, of those alike the first.
 static i64 race(const float* p, const uint64_t* id, i64 count, uint64_t key) {
     float best = -1.0f;
     i64 winner = 0;
     for (i64 k = 0; k < count; k += LANES) {
-        uint64_t some[LANES] = {};
-        std::copy(id + k, id + std::min(count, k + LANES), some);
+        uint64_t some[LANES];
+        for (int l = 0; l < LANES; l++) some[l] = !id ? uint64_t(k + l) : k + l < count ? id[k + l] : 0;
         Lanes score = load_some(p + k, count - k) / exponentials(key, some);
         if (!(largest(score) > best)) continue;
         for (int l = 0; l < LANES && l < count - k; l++)
@@ -117,14 +117,17 @@ static i64 keep(float* p, uint64_t* id, i64 V, float sum, const Cut& cut) {
     return count;
 }
 
-static i64 draw(const float* x, i64 V, float temperature, const Cut& cut, uint64_t key, float* p, uint64_t* id) {
+static i64 draw(const float* x, i64 V, float temperature, const Cut& cut, uint64_t key) {
+    static thread_local std::vector<float> values;
+    static thread_local std::vector<uint64_t> names;
+    if (i64(values.size()) < V) values.resize(V), names.resize(V);
+    float* p = values.data();
     i64 best;
     const float most = maximum(x, V, best);
     if (temperature == 0.0f) return best;
     const float sum = exponents(x, V, most, temperature, p);
-    for (i64 v = 0; v < V; v++) id[v] = uint64_t(v);
-    const bool cuts = cut.top_p < 1.0f || cut.top_k > 0 || cut.min_p > 0.0f;
-    return race(p, id, cuts ? keep(p, id, V, sum, cut) : V, key);
+    if (cut.top_p >= 1.0f && cut.top_k <= 0 && cut.min_p <= 0.0f) return race(p, nullptr, V, key);
+    return race(p, names.data(), keep(p, names.data(), V, sum, cut), key);
 }
 
 // log(sum(exp(x))).
@@ -138,16 +141,10 @@ static float log_sum(const float* x, i64 V) {
 // is given, each token's log-probability by those logits, too.
 EXPORT void draws(const float* x, const float* own, i64 n, i64 V, const double* temperature, const double* top_p, const double* min_p,
                   const double* top_k, const uint64_t* seed, const uint64_t* position, i64* token, float* logprob, i64 threads) {
-#pragma omp parallel num_threads(n < threads ? n : threads)
-    {
-        std::vector<float> p(V + LANES);
-        std::vector<uint64_t> id(V + LANES);
-#pragma omp for schedule(dynamic, 1)
-        for (i64 i = 0; i < n; i++) {
-            const Cut cut{float(top_p[i]), float(min_p[i]), i64(top_k[i])};
-            const uint64_t key = mix(seed[i] + mix(position[i]));
-            token[i] = draw(x + i * V, V, float(temperature[i]), cut, key, p.data(), id.data());
-            if (own) logprob[i] = own[i * V + token[i]] - log_sum(own + i * V, V);
-        }
+#pragma omp parallel for num_threads(n < threads ? n : threads) schedule(dynamic, 1)
+    for (i64 i = 0; i < n; i++) {
+        const Cut cut{float(top_p[i]), float(min_p[i]), i64(top_k[i])};
+        token[i] = draw(x + i * V, V, float(temperature[i]), cut, mix(seed[i] + mix(position[i])));
+        if (own) logprob[i] = own[i * V + token[i]] - log_sum(own + i * V, V);
     }
 }
