@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pascaline.errors import BadInput
-from pascaline.tokenizer import THINK, UNTHINK
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -72,38 +71,28 @@ def _read(terminal: bool) -> str | None:
 
 def _answer(engine: Any, turns: list[dict[str, Any]], sampling: Any) -> str:
     """Print thought and answer token by token; returns the answer's text."""
-    own = engine.tokenizer
-    dim, plain = (DIM, PLAIN) if sys.stdout.isatty() else ("", "")
-    prompt = own.prompt_ids(turns)
-    ids: list[int] = []
-    thought: str | None = None
-    text: str | None = None
-    said = ""  # of the thought, then of the answer
-    closed = False
+    from pascaline.engine.transcript import Transcript
 
-    def show(whole: str, end: bool = False) -> None:
-        nonlocal said
-        if end or not _partial(whole):
-            print(printable(whole[len(said) :]), end="", flush=True)
-            said = whole
+    dim, plain = (DIM, PLAIN) if sys.stdout.isatty() else ("", "")
+    prompt = engine.tokenizer.prompt_ids(turns)
+    said = Transcript(engine.tokenizer, prompt)
+    begun = False
+    thinking = False
+
+    def show(reasoning: str, text: str) -> None:
+        nonlocal begun, thinking
+        if not begun and said.reasoning is not None:  # not before the prompt has been found to fit
+            begun = thinking = True
+            print(dim, end="")
+        print(printable(reasoning), end="", flush=True)
+        if thinking and not said.thinking:
+            thinking = False
+            print(f"{plain}\n", end="", flush=True)
+        print(printable(text), end="", flush=True)
 
     for token in engine.stream(prompt, sampling):
-        ids.append(token)
-        thought, text = own.thought(prompt, ids)
-        if thought is not None and not closed:
-            if not said:  # not before the prompt has been found to fit
-                print(dim, end="")
-            show(thought, end=text is not None)
-            if text is not None:
-                closed, said = True, ""
-                print(f"{plain}\n", end="", flush=True)
-        if text is not None:
-            show(text)
-    show((thought if text is None else text) or "", end=True)
-    print(f"{plain}\n(the thought was cut off at the token limit)" if text is None else "")
-    return text or ""
-
-
-def _partial(text: str) -> bool:
-    """Whether it ends in a character of which not all bytes are there yet, or in the beginning of a tag."""
-    return text.endswith(("\ufffd", *(tag[:length] for tag in (THINK, UNTHINK) for length in range(1, len(tag)))))
+        show(*said.feed([token]))
+    cut = said.thinking
+    show(*said.finish())
+    print("(the thought was cut off at the token limit)" if cut else "")
+    return said.text

@@ -65,6 +65,19 @@ def choose(device: "str | torch.device" = "auto") -> "torch.device":
     raise BadInput(f"device '{device}' is missing on this machine (with this torch); use 'auto' or 'cpu'")
 
 
+def free_memory(device: "str | torch.device" = "cpu") -> int:
+    """Bytes that can be had there now."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux: half of what the machine has
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def device_name(device: "str | torch.device") -> str:
     """The accelerator's name, or the processor's for "cpu"."""
     import torch

@@ -26,6 +26,10 @@ BEGIN, END, PAD, USER, ASSISTANT, THINK, UNTHINK = SPECIALS
 MARK = "\ue000"  # a private character, to find what stands beside it
 BYTES = 256  # the byte alphabet: with it no text is unknown
 
+# The character that byte-level vocabularies write for each byte (GPT-2's table).
+_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+ALPHABET = {chr(b): b for b in _SHOWN} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _SHOWN)}
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -48,6 +52,8 @@ class Tokenizer:
         added = self._parsing.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if _reserved(_fields(token))}
         self._special_ids = frozenset(self._special.values())
+        self._decoder = json.dumps(plain.get("decoder"))
+        self._pieces: dict[tuple[int, bool], bytes] = {}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})" if self._special else "(?!)")
 
@@ -184,6 +190,30 @@ class Tokenizer:
         kept = list(ids) if special else [i for i in ids if i not in self._special_ids]
         return str(self._parsing.decode(kept, skip_special_tokens=False))
 
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` leaves it out."""
+        return token in self._special_ids
+
+    def piece(self, token: int, first: bool = False) -> bytes:
+        """The bytes that a token stands for, perhaps not whole characters. first: at the beginning of a text, where some vocabularies
+        leave a blank out. Nothing for an id that the vocabulary has not."""
+        found = self._pieces.get((token, first))
+        if found is None:
+            found = self._pieces[token, first] = self._bytes_of(token, first)
+        return found
+
+    def _bytes_of(self, token: int, first: bool) -> bytes:
+        name = self._parsing.id_to_token(token)
+        if name is None:
+            return b""
+        if "ByteLevel" in self._decoder:
+            return bytes(ALPHABET[c] for c in name) if all(c in ALPHABET for c in name) else name.encode()
+        byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", name) if "ByteFallback" in self._decoder else None
+        if byte and int(byte[1], 16) > 127:
+            return bytes.fromhex(byte[1])
+        before = [] if first else self.encode("a")
+        return self.decode([*before, token], special=True)[len(self.decode(before)) :].encode()
+
     # ---- chats -------------------------------------------------------------------------------------------------------
 
     def render(self, messages: Messages, add_generation_prompt: bool = False, thinking: bool = True) -> str:
@@ -273,12 +303,15 @@ class Tokenizer:
         """Whether nothing stands between a tag and its text, as in our own template."""
         return bool(prompt) and prompt[-1] in (self._special.get(THINK), self._special.get(UNTHINK))
 
+    def tags(self, prompt: Sequence[int]) -> tuple[str, bool, int | None, int | None]:
+        """How thoughts are written after `prompt`: the think tag that stands at its end ("" if none), whether nothing stands between a
+        tag and its text, and the ids of the two tags (None where they are plain text)."""
+        return self._standing(prompt), self._bare(prompt), self._special.get(THINK), self._special.get(UNTHINK)
+
     def thought(self, prompt: Sequence[int], ids: Sequence[int]) -> tuple[str | None, str | None]:
         """What was said after `prompt`, perhaps not to its end, as (thought, answer). The thought is None where there is none, the answer
-        None where the thought is not closed."""
-        standing, close = self._standing(prompt), self._special.get(UNTHINK)
-        if standing == UNTHINK:
-            return None, self.decode(ids)
+        None where the thought is not closed. A closing tag that closes nothing is no tag."""
+        standing, bare, open_, close = self.tags(prompt)
         if close is None:  # the tags are plain text
             before, tag, after = self.decode(ids).partition(UNTHINK)
             closed, opened = bool(tag), before.lstrip().startswith(THINK)
@@ -286,10 +319,10 @@ class Tokenizer:
             ids = list(ids)
             border = ids.index(close) if close in ids else len(ids)
             before, closed, after = self.decode(ids[:border]), border < len(ids), self.decode(ids[border + 1 :])
-            opened = ids[:1] == [self._special.get(THINK)]
-        if not (standing or opened or closed):
-            return None, before
-        if not self._bare(prompt):
+            opened = ids[:1] == [open_]
+        if standing == UNTHINK or not (standing or opened):
+            return None, self.decode(ids)
+        if not bare:
             before, after = before.lstrip().removeprefix(THINK).strip("\n"), after.lstrip("\n")
         return before, after if closed else None
 

@@ -1,87 +1,91 @@
-"""What decoding remembers of each token and layer: one latent and one rotary key, or the keys and values of grouped attention
-(config.cache_width numbers).
+"""What decoding remembers of each token and layer, in blocks: one latent and one rotary key, or the keys and values of grouped attention
+(config.cache_width numbers); and one step's tokens as attention meets them.
 
-Shapes: L layers, n active rows (always the first n), S positions in use, C numbers a token.
+Shapes: L layers, C numbers a token, n tokens of a step, r rows (requests), W blocks of a row, P rows of a part, T new tokens of each,
+S positions.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from pascaline.engine.blocks import BLOCK
 from pascaline.model.config import ModelConfig
 
-BLOCK = 64  # capacity grows in steps of this many positions
-SPAN = 32  # and attention reads multiples of this many
+MASK = 1 << 22  # numbers in the mask of a part with more than one row
 
 
-class PrefillCache:
-    """Keeps the entries of fresh prompts, so that `TokenCache.put` can store them row by row."""
-
-    fresh = True
-
-    def __init__(self) -> None:
-        self.layers: list[Tensor] = []  # each [P, T, C]
-
-    def append(self, layer: int, entries_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        self.layers.append(entries_BTC)
-        return entries_BTC, entries_BTC  # a fresh forward attends to its own tokens in the expanded form and reads neither
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype, layers: int | None = None) -> int:
+    """Bytes of cache that a token costs over all layers; DeepSeek-V3 in bf16: 61 * (512 + 64) * 2 = 70,272."""
+    return (layers or config.num_hidden_layers) * config.cache_width * dtype.itemsize
 
 
-class TokenCache:
-    """Rows of growing length in one tensor [L, rows, capacity, C]."""
+@dataclass
+class Part:
+    """Rows that attend together, with about as many new tokens each; all of one step's in the plain PyTorch form."""
 
-    fresh = False
+    blocks: Tensor  # [P, W]
+    take_PT: Tensor | None  # which of the step's tokens; padding takes any. None: all of the step's, in order, T = 1
+    put: Tensor | None  # of the flattened P * T results those that count ...
+    to: Tensor | None  # ... and which tokens they belong to
+    mask_PTS: Tensor  # to add to scores
 
-    def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device):
-        self.width = config.cache_width
-        self.entries = torch.zeros(config.num_hidden_layers, rows, BLOCK, self.width, dtype=dtype, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens stored, a row
-        self.longest = 0
 
-    def bytes_per_token(self) -> int:
-        """Bytes of cache a token costs over all layers."""
-        return self.entries.shape[0] * self.width * self.entries.element_size()
+class Batch:
+    """One step: n tokens of r rows, each of which sees its own row's positions up to its own. Attention first stores all n entries of a
+    layer, then reads them through the rows' tables: tokens of one row may see each other, and rows may share blocks."""
 
-    def put(self, rows: Tensor, prompt: Tensor, prefill: PrefillCache, lengths: Tensor) -> None:
-        """Store prefilled prompts: row rows[i] becomes a copy of prompt[i] with lengths[i] tokens; both [m]."""
-        span = prefill.layers[0].shape[1]
-        self._reserve(span)
-        for layer, entries in enumerate(prefill.layers):
-            self.entries[layer, rows, :span] = entries.index_select(0, prompt)
-        self.lengths[rows] = lengths
-        self.longest = max(self.longest, span)
+    def __init__(self, pool: Tensor, tables_rW: np.ndarray, starts_r: Sequence[int], counts_r: Sequence[int]):
+        """pool [L, blocks, BLOCK, C]; row i brings counts_r[i] tokens, the first at position starts_r[i]; rows one after the other."""
+        self.pool, there = pool, pool.device
+        self.starts, self.counts = np.asarray(starts_r), np.asarray(counts_r)
+        self.offsets = self.counts.cumsum() - self.counts
+        row_n = np.repeat(np.arange(len(self.counts)), self.counts)
+        position_n = np.arange(len(row_n)) + (self.starts - self.offsets)[row_n]
+        slot_n = tables_rW[row_n, position_n // BLOCK].astype(np.int64) * BLOCK + position_n % BLOCK
+        arrays = (tables_rW, row_n.astype(np.int32), position_n, slot_n)
+        self.tables_rW, self.row_n, self.position_n, self.slot_n = (torch.from_numpy(a).to(there) for a in arrays)
+        self._parts: list[Part] | None = None
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy rows over rows, to close the holes that finished rows leave."""
-        self.entries[:, target, : self.longest] = self.entries[:, source, : self.longest]
-        self.lengths[target] = self.lengths[source]
+    def append(self, layer: int, entries_nC: Tensor) -> None:
+        """Store the step's entries of a layer."""
+        self.pool[layer].view(-1, self.pool.shape[-1])[self.slot_n] = entries_nC
 
-    def begin(self, rows: int, longest: int) -> None:
-        """Prepare one decode step of the first `rows` rows, the longest of which holds `longest` tokens."""
-        self.rows, self.longest = rows, longest + 1
-        self._reserve(self.longest)
-        self.span = min(-(-self.longest // SPAN) * SPAN, self.entries.shape[2])
-        at = self.lengths[:rows]
-        hidden = torch.arange(self.span, device=at.device) > at.view(rows, 1, 1)
-        self.mask = self.entries.new_zeros(rows, 1, self.span).masked_fill_(hidden, -torch.inf)
-        self.index = torch.arange(rows, device=at.device), at
+    def entries(self, layer: int, part: Part) -> Tensor:
+        """All entries of a part's rows, [P, S, C]."""
+        P, W = part.blocks.shape
+        return self.pool[layer].index_select(0, part.blocks.reshape(-1)).view(P, W * BLOCK, -1)
 
-    def append(self, layer: int, entries_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        row = self.entries[layer, : self.rows]
-        row[self.index] = entries_BTC[:, 0]  # scatter_ is a hundred times slower here in bf16 on the CPU
-        return row[:, : self.span], self.mask
+    @property
+    def parts(self) -> list[Part]:
+        """The step in parts, made when first asked for: kernels that read the tables need none."""
+        if self._parts is None:
+            order = np.argsort(-self.counts, kind="stable")
+            ends, groups = self.starts + self.counts, [[int(order[0])]]
+            widest = ends[order[0]]
+            for row in order[1:].tolist():
+                head, widest = self.counts[groups[-1][0]], max(widest, ends[row])
+                if 2 * self.counts[row] < head or (len(groups[-1]) + 1) * head * widest > MASK:
+                    groups.append([])
+                    widest = ends[row]
+                groups[-1].append(row)
+            self._parts = [self._part(np.array(group)) for group in groups]
+        return self._parts
 
-    def advance(self, rows: int) -> None:
-        """The step's tokens of the first `rows` rows now count; what the idle rows wrote does not."""
-        self.lengths[:rows] += 1
-
-    def release(self, first: int, last: int) -> None:
-        """Rows first..last - 1 are idle from now on."""
-        self.lengths[first:last] = 0
-
-    def _reserve(self, positions: int) -> None:
-        missing = positions - self.entries.shape[2]
-        if missing > 0:
-            more = -(-missing // BLOCK) * BLOCK
-            L, rows, _, C = self.entries.shape
-            # Unwritten positions are masked, but 0 * nan is nan: they must hold numbers.
-            self.entries = torch.cat((self.entries, self.entries.new_zeros(L, rows, more, C)), 2)
+    def _part(self, rows: np.ndarray) -> Part:
+        there, T = self.pool.device, int(self.counts[rows[0]])
+        W = -(-int((self.starts + self.counts)[rows].max()) // BLOCK)
+        step_T = np.arange(T)
+        real_PT = step_T < self.counts[rows, None]
+        position_PT = torch.from_numpy(self.starts[rows, None] + step_T).to(there)
+        hidden_PTS = torch.arange(W * BLOCK, device=there) > position_PT[:, :, None]
+        mask = torch.zeros(hidden_PTS.shape, dtype=self.pool.dtype, device=there).masked_fill_(hidden_PTS, -torch.inf)
+        if len(rows) == len(self.slot_n):
+            return Part(self.tables_rW[:, :W], None, None, None, mask)
+        take_PT = np.where(real_PT, self.offsets[rows, None] + step_T, 0)
+        put = np.flatnonzero(real_PT)
+        blocks = self.tables_rW[torch.from_numpy(rows).to(there), :W]
+        return Part(blocks, *(torch.from_numpy(a).to(there) for a in (take_PT, put, take_PT.reshape(-1)[put])), mask)

@@ -1,12 +1,12 @@
-"""Batched generation on a cache: rows that finish make room for prompts that wait.
+"""Continuous batching on a paged cache: each step computes one token for every row that decodes, and a part of the prompts that wait.
 
 The engine calls the trainer's own modules with the weights in memory, so an update of the model is an update of the engine.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +14,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pascaline.device import choose
-from pascaline.engine.cache import PrefillCache, TokenCache
-from pascaline.engine.sampler import Sampling, mix, sample, uniforms
+from pascaline.device import choose, free_memory
+from pascaline.engine import cache
+from pascaline.engine.blocks import BLOCK, Blocks
+from pascaline.engine.cache import Batch
+from pascaline.engine.request import Output, Request, Top
+from pascaline.engine.sampler import Sampling, mix, sample
+from pascaline.engine.scheduler import Scheduler
+from pascaline.engine.speculate import Speculation
+from pascaline.engine.transcript import Transcript
 from pascaline.errors import BadInput
 from pascaline.model import hf
 from pascaline.model.transformer import Model
-from pascaline.tokenizer import Tokenizer
+from pascaline.tokenizer import UNTHINK, Tokenizer
 
 Prompt = str | list[int] | list[dict[str, Any]]  # a user's message, token ids, or a whole conversation
-PREFILL_TOKENS = 16384  # padded prompt tokens in one prefill forward
 
 
 @dataclass
-class Output:
-    """One answer. reasoning is what stands before </think>, text what stands after (Tokenizer.thought); a thought that was never closed
-    leaves text empty. finish_reason: "stop" (an end token) or "length". logprobs are the model's own, one a token."""
+class Stats:
+    """Counts over the engine's life, and how it stands now (running, waiting, blocks_used; step_seconds: the last step's)."""
 
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    text: str = ""
-    reasoning: str | None = None
-
-
-@dataclass
-class Request:
-    """One answer to be sampled."""
-
-    prompt: list[int]
-    sampling: Sampling
-    seed: int
-    output: Output | None = None
-    row: int = field(default=-1, repr=False)
+    steps: int = 0
+    prefilled: int = 0  # prompt tokens computed
+    generated: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up ...
+    prefix_hits: int = 0  # ... and found
+    preemptions: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    blocks: int = 0
+    blocks_used: int = 0
+    step_seconds: float = 0.0
 
 
-def batch_width(rows: int, capacity: int) -> int:
-    """Rows to compute for `rows` active ones: a power of two up to 32, then a multiple of 32. The rest idle.
+def batch_width(tokens: int) -> int:
+    """Tokens to compute for so many real ones: a power of two up to 32, then a multiple of 32.
 
     Matmul kernels are made for a shape at its first use (a tenth of a second a decode step in bf16 on the CPU), and a shrinking batch
     would bring a new shape every step.
     """
-    width = 1 << (rows - 1).bit_length() if rows <= 32 else -(-rows // 32) * 32
-    return min(width, capacity)
+    return 1 << (tokens - 1).bit_length() if tokens <= 32 else -(-tokens // 32) * 32
 
 
 @contextmanager
@@ -71,18 +72,7 @@ def one_row_kernels(rows: int) -> Iterator[None]:
 
 
 class Engine:
-    """engine.generate(["Make 12 from 6, 6, 13."], Sampling(n=4)) -> [[Output, ...]]"""
-
-    cache: TokenCache  # it and the arrays exist while rows run; entry i of each belongs to rows[i]
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    produced: np.ndarray
-    limit: np.ndarray
-    context: np.ndarray
-    seeds: np.ndarray
-    temperature: np.ndarray
-    top_p: np.ndarray
-    stop: np.ndarray
+    """engine.generate(["Make 12 from 6, 6, 13."], Sampling(n=4)) -> [[Output, ...]]; a server calls add, step and cancel, in one thread."""
 
     def __init__(
         self,
@@ -91,57 +81,291 @@ class Engine:
         device: str = "auto",
         dtype: torch.dtype = torch.float32,
         max_rows: int = 1024,
+        cache_memory: int | None = None,
+        max_batch_tokens: int = 2048,
+        prefix_reuse: bool = True,
+        speculate: bool = True,
     ):
+        """max_rows: answers that run at once. cache_memory: bytes of cache; None: what max_rows whole contexts need, but at most a quarter
+        of the free memory. max_batch_tokens: of one step. speculate: with the model's MTP module, where it pays."""
         if not isinstance(model, Model):
             tokenizer = tokenizer or Tokenizer.load(model)
             model = hf.load(model, dtype, choose(device))
-        if max_rows < 1:
-            raise BadInput(f"max_rows = {max_rows}: an engine needs at least one row.")
-        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
-        self.waiting: deque[Request] = deque()
-        self.rows: list[Request] = []
-        self.generated = self.prefilled = 0  # tokens, over the engine's life
+        for name, value in (("max_rows", max_rows), ("max_batch_tokens", max_batch_tokens)):
+            if value < 1:
+                raise BadInput(f"{name} = {value}: an engine needs at least one.")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_rows = min(max_rows, max_batch_tokens)
+        self.max_batch_tokens, self.prefix_reuse = max_batch_tokens, prefix_reuse
+        self.speculation = Speculation(model) if speculate and model.config.num_nextn_predict_layers else None
+        self.stats = Stats()
+        self.paused = False
+        self._closing = [] if tokenizer is None else tokenizer.encode(UNTHINK, special=True)
+        self._pool: Tensor | None = None
+        self._blocks = Blocks(self._total_blocks(cache_memory))
+        self.scheduler = Scheduler(self._blocks, self.max_rows, max_batch_tokens, prefix_reuse)
+        self._weights = self._fingerprint()
+
+    # ---- for a program -----------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[list[Output]]:
-        """For each prompt, sampling.n answers. The same seed gives the same answers whatever else is in the batch (up to the
-        rounding of matmuls of another shape). BadInput if a prompt leaves no room in the model's context."""
+        """For each prompt, sampling.n answers. The same seed gives the same answers whatever else is in the batch. BadInput if a prompt
+        leaves no room in the model's context."""
         if isinstance(prompts, str):
             raise BadInput("generate takes a list of prompts; put this one in brackets.")
-        sampling = sampling or Sampling()
-        requests = [self.requests(prompt, sampling, index) for index, prompt in enumerate(prompts)]
-        self.waiting.extend(r for group in requests for r in group)
+        self._look_at_weights()
+        groups = [self._requests(prompt, sampling or Sampling(), index) for index, prompt in enumerate(prompts)]
+        for group in groups:
+            self.scheduler.add(group)
+        mine = [request for group in groups for request in group]
         try:
-            while self.step():
-                pass
+            for request in mine:
+                while request.output is None:
+                    self.step()
         finally:
-            self.reset()
-        return [[r.output for r in group if r.output is not None] for group in requests]
+            self._cancel_all(mine)
+        return [[r.output for r in group if r.output is not None] for group in groups]
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[int]:
         """Token ids of one answer as they come."""
-        (request,) = self.requests(prompt, sampling or Sampling(), 0)[:1]
-        self.waiting.append(request)
+        self._look_at_weights()
+        (request,) = self._requests(prompt, sampling or Sampling(), 0)[:1]
+        self.scheduler.add([request])
+        sent = 0
         try:
-            sent = 0
-            while self.step():
-                if request.row >= 0:
-                    yield from self.tokens[request.row, sent : self.produced[request.row]].tolist()
-                    sent = int(self.produced[request.row])
-            assert request.output is not None
-            yield from request.output.token_ids[sent:]
+            while request.output is None:
+                self.step()
+                yield from request.token_ids[sent:]
+                sent = len(request.token_ids)
         finally:
-            self.reset()
+            self._cancel_all([request])
 
-    def requests(self, prompt: Prompt, sampling: Sampling, index: int) -> list[Request]:
+    # ---- for a server ------------------------------------------------------------------------------------------------
+
+    def add(self, prompt: Prompt, sampling: Sampling, salt: str = "") -> list[Request]:
+        """Queue the n answers of a prompt. Prefixes are reused among requests of the same salt only. BadInput if it can never fit."""
+        group = self._requests(prompt, sampling, 0, salt)
+        self.scheduler.add(group)
+        return group
+
+    @property
+    def busy(self) -> bool:
+        """Whether something waits or runs."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def cancel(self, request: Request) -> None:
+        """End it now; its blocks are free when this returns. Nothing happens if it has ended."""
+        if request.finish_reason is None:
+            self.scheduler.drop(request)
+            self._end(request, "cancelled")
+
+    def pause(self) -> None:
+        """From now on `step` does nothing; what runs stays as it is."""
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def flush(self) -> None:
+        """Forget every prefix."""
+        self._blocks.flush()
+
+    @torch.no_grad()
+    def update_weights(self, state: Mapping[str, Tensor] | None = None) -> None:
+        """Take over new weights in place, between steps: `state` by the names of model.state_dict(), or None if they were written into the
+        model's tensors already. No entry of the old ones is read again: prefixes are forgotten, and answers that run go on with the new
+        weights, on a cache computed anew. BadInput for a name or shape that the model has not."""
+        own = self.model.state_dict()
+        for name, tensor in (state or {}).items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise BadInput(f"the new weights hold {name} {list(tensor.shape)}, which is not of this model.")
+        for name, tensor in (state or {}).items():
+            own[name].copy_(tensor)
+        self._blocks.flush()
+        for request in reversed(list(self.scheduler.running)):
+            self.scheduler.preempt(request)
+        self._weights = self._fingerprint()
+
+    def release(self) -> None:
+        """Give the cache's memory back until the next step; everything cached is forgotten."""
+        self.update_weights()
+        self._pool = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache holds."""
+        return (self._blocks.total - 1) * BLOCK
+
+    def bytes_per_token(self) -> int:
+        """Bytes of cache that a token costs over all layers, the MTP module's among them while it drafts."""
+        return cache.bytes_per_token(self.model.config, self.model.dtype, self._layers)
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """Compute one step's tokens; the requests that got some or ended. An error of the computation ends all that took part in it,
+        and is raised."""
+        if self.paused or not self.busy:
+            return []
+        began, plan = time.perf_counter(), self.scheduler.plan()
+        before = self.stats.generated
+        drafted = any(request.draft for request, _ in plan)
+        decoding = all(count == 1 + len(request.draft) for request, count in plan)
+        try:
+            touched = self._compute(plan)
+        except BaseException:
+            self.flush()  # blocks may have names that hold nothing
+            for request, _ in plan:
+                self._end(request, "error", "the computation of this answer failed")
+            raise
+        seconds = time.perf_counter() - began
+        if self.speculation is not None and decoding and plan:
+            self.speculation.timed(batch_width(len(plan)), max(self.stats.generated - before, 1), seconds, drafted)
+        self._account(seconds)
+        return touched
+
+    def _compute(self, plan: list[tuple[Request, int]]) -> list[Request]:
+        pool = self._storage()
+        for old, new in self.scheduler.copies:
+            pool[:, new] = pool[:, old]
+        batch, tokens_n = self._batch(pool, plan)
+        with one_row_kernels(len(tokens_n)):
+            hidden, _ = self.model.hidden(tokens_n[None], batch.position_n[None], cache=batch)
+            self._prompt_logprobs(plan, batch, hidden[0])
+            places = self._places(plan, batch)
+            if places:
+                logits = self.model.head(hidden[0, [at for _, at, _ in places]]).float()
+                self._deliver(places, *self._sampled(logits, places))
+            if self.speculation is not None and self.speculation.pays(batch_width(len(self.scheduler.running) or 1)):
+                self.speculation.draft(batch, hidden, plan)
+            else:
+                for request, _ in plan:
+                    request.draft = []
+        return list(dict.fromkeys([*(r for r, _, _ in places), *(r for r, _ in plan if r.output is not None)]))
+
+    def _batch(self, pool: Tensor, plan: list[tuple[Request, int]]) -> tuple[Batch, Tensor]:
+        ids = [t for request, count in plan for t in request.tokens(request.computed, request.computed + count)]
+        idle = batch_width(len(ids)) - len(ids)  # rows that write to block 0
+        tables = np.zeros((len(plan) + idle, self.scheduler.tables.shape[1]), np.int32)
+        tables[: len(plan)] = self.scheduler.tables[[request.row for request, _ in plan]]
+        starts, counts = [request.computed for request, _ in plan], [count for _, count in plan]
+        return Batch(pool, tables, starts + [0] * idle, counts + [1] * idle), torch.tensor(ids + [0] * idle, device=pool.device)
+
+    def _places(self, plan: list[tuple[Request, int]], batch: Batch) -> list[tuple[Request, int, int]]:
+        """Who gets a token: the request, whose logits (an index among the step's tokens), and after how many guesses."""
+        places = []
+        for (request, count), offset in zip(plan, batch.offsets.tolist(), strict=False):
+            request.computed += count - len(request.draft)
+            if request.computed < request.known:
+                continue
+            last = offset + count - 1 - len(request.draft)
+            for one in [request, *self.scheduler.fork(request)]:
+                if one.limit == 0:
+                    self._end(one, "length")
+                else:
+                    places += [(one, last + guess, guess) for guess in range(1 + len(one.draft))]
+        return places
+
+    def _sampled(self, logits: Tensor, places: list[tuple[Request, int, int]]) -> tuple[list[int], list[float], list[bool], list[Top]]:
+        """For each place: the token, the model's own log-probability of it, whether the logits are numbers, the likeliest tokens."""
+        adjusted = logits
+        for i, (request, _, guess) in enumerate(places):
+            s = request.sampling
+            produced = len(request.token_ids) + guess
+            if s.by_history or s.logit_bias or produced < s.min_tokens:
+                adjusted = adjusted.clone() if adjusted is logits else adjusted
+                adjusted[i] = request.adjusted(logits[i], self._closing, produced)
+        seeds = np.array([request.seed for request, _, _ in places], np.uint64)
+        positions = np.array([len(request.token_ids) + guess for request, _, guess in places])
+        tokens = sample(adjusted, [request.sampling for request, _, _ in places], seeds, positions)
+        total = logits.logsumexp(-1)
+        logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - total
+        tops: list[Top] = [[] for _ in places]
+        wanted = [i for i, (request, _, _) in enumerate(places) if request.sampling.top_logprobs]
+        if wanted:
+            most = max(places[i][0].sampling.top_logprobs for i in wanted)
+            for i, top in zip(wanted, _tops(logits[wanted] - total[wanted, None], most), strict=True):
+                tops[i] = top[: places[i][0].sampling.top_logprobs]
+        return tokens.tolist(), logprobs.tolist(), total.isfinite().tolist(), tops
+
+    def _deliver(
+        self, places: list[tuple[Request, int, int]], tokens: list[int], logprobs: list[float], finite: list[bool], tops: list[Top]
+    ) -> None:
+        """Append the tokens, as far as the guesses before them were right, and end what has ended."""
+        now = time.monotonic()
+        for (request, _, guess), token, logprob, fine, top in zip(places, tokens, logprobs, finite, tops, strict=True):
+            if request.output is not None or guess > len(request.draft):
+                continue
+            if not fine:
+                self._poisoned(request)
+                continue
+            request.token_ids.append(token)
+            request.logprobs.append(logprob)
+            if request.sampling.top_logprobs:
+                request.top_logprobs.append(top)
+            request.first_token = request.first_token or now
+            self.stats.generated += 1
+            if guess < len(request.draft):
+                self.stats.draft_tokens += 1
+                if request.draft[guess] == token:
+                    self.stats.accepted_tokens += 1
+                    request.computed += 1
+                else:
+                    request.draft = request.draft[:guess]
+            self._check_end(request, token)
+
+    def _check_end(self, request: Request, token: int) -> None:
+        said = len(request.token_ids)
+        if request.transcript is not None:
+            request.transcript.feed([token])
+        stopped = request.transcript is not None and request.transcript.stopped is not None
+        if (token in request.stops or stopped) and said > request.sampling.min_tokens - 1:
+            self._end(request, "stop")
+        elif said >= request.limit:
+            self._end(request, "length")
+        elif request.computed // BLOCK > request.named:
+            self.scheduler.name(request, request.computed)
+
+    def _prompt_logprobs(self, plan: list[tuple[Request, int]], batch: Batch, hidden_nD: Tensor) -> None:
+        for (request, count), offset in zip(plan, batch.offsets.tolist(), strict=False):
+            done = len(request.prompt_logprobs)
+            if not request.sampling.prompt_logprobs or done == len(request.prompt):
+                continue
+            following = request.prompt[request.computed + 1 : request.computed + 1 + count]
+            if not done:
+                request.prompt_logprobs.append(None)
+                request.prompt_top.append([])
+            if following:
+                log_p = self.model.head(hidden_nD[offset : offset + len(following)]).float().log_softmax(-1)
+                request.prompt_logprobs += log_p.gather(1, torch.tensor(following, device=log_p.device)[:, None])[:, 0].tolist()
+                request.prompt_top += _tops(log_p, request.sampling.top_logprobs)
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def _requests(self, prompt: Prompt, sampling: Sampling, index: int, salt: str = "") -> list[Request]:
         """The n requests of a prompt, each with a seed of its own from (sampling.seed, index of the prompt, 0..n-1)."""
         ids, c = self._ids(prompt), self.model.config
-        if not 0 < len(ids) < c.max_position_embeddings:
+        if not 0 < len(ids) < c.max_position_embeddings + (sampling.max_tokens == 0):
             raise BadInput(f"a prompt of {len(ids)} tokens does not fit: the context allows 1 to {c.max_position_embeddings - 1}.")
-        if not 0 <= min(ids) <= max(ids) < c.vocab_size:
-            raise BadInput(f"a prompt holds token ids from {min(ids)} to {max(ids)}, but the model's vocabulary has {c.vocab_size}.")
+        named = [*ids, *sampling.stop_ids, *(token for token, _ in sampling.logit_bias)]
+        if not 0 <= min(named) <= max(named) < c.vocab_size:
+            raise BadInput(f"token ids from {min(named)} to {max(named)} are given, but the model's vocabulary has {c.vocab_size}.")
+        limit = min(sampling.max_tokens, c.max_position_embeddings - len(ids))
+        if len(ids) + limit > self.capacity:
+            raise BadInput(
+                f"a prompt of {len(ids)} tokens with {limit} to be said can never fit: the cache holds {self.capacity} tokens "
+                f"of {self.bytes_per_token():,} bytes."
+            )
         key = mix(mix(np.array([sampling.seed], np.uint64)) + np.uint64(index))
         seeds = mix(key + np.arange(sampling.n, dtype=np.uint64)) >> np.uint64(1)
-        return [Request(ids, sampling, int(seed)) for seed in seeds]
+        stops = frozenset(self._stop_ids(sampling))
+        group = [Request(ids, sampling, int(seed), i, salt, stops, limit=limit) for i, seed in enumerate(seeds)]
+        for request in group:
+            if self.tokenizer is not None and (sampling.stop or sampling.max_thinking_tokens is not None):
+                request.transcript = Transcript(self.tokenizer, ids, sampling.stop, stops)
+            request.prompt_logprobs, request.prompt_top = group[0].prompt_logprobs, group[0].prompt_top
+        return group
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, list) and all(isinstance(t, int) for t in prompt):
@@ -150,130 +374,84 @@ class Engine:
             raise BadInput("this engine has no tokenizer: give prompts as token ids.")
         return self.tokenizer.prompt_ids(prompt)  # type: ignore[arg-type]
 
-    def reset(self) -> None:
-        """Forget everything that waits or runs, and free the cache."""
-        self.waiting.clear()
-        self.rows.clear()
-        vars(self).pop("cache", None)
-
-    @torch.inference_mode()
-    def step(self) -> bool:
-        """Admit waiting prompts or decode one token for every running row; False when nothing is left."""
-        if self.waiting and (not self.rows or len(self.rows) < len(self.produced)):
-            self._admit()
-        elif self.rows:
-            self._decode()
-        return bool(self.rows or self.waiting)
-
-    def _admit(self) -> None:
-        """Prefill as many waiting requests as fit; requests with the same prompt share one forward."""
-        if not self.rows:
-            self._allocate()
-        taken: list[Request] = []
-        unique: dict[tuple[int, ...], int] = {}
-        longest = 0
-        while self.waiting and len(self.rows) + len(taken) < len(self.produced):
-            prompt = tuple(self.waiting[0].prompt)
-            longest = max(longest, len(prompt))
-            if prompt not in unique and unique and (len(unique) + 1) * longest > PREFILL_TOKENS:
-                break
-            unique.setdefault(prompt, len(unique))
-            taken.append(self.waiting.popleft())
-        lengths = torch.tensor([len(p) for p in unique])
-        tokens = torch.zeros(len(unique), int(lengths.max()), dtype=torch.long)
-        for i, prompt in enumerate(unique):
-            tokens[i, : len(prompt)] = torch.tensor(prompt)
-        device = self.model.device
-        prefill = PrefillCache()
-        hidden, _ = self.model.hidden(tokens.to(device), cache=prefill)
-        logits = self.model.head(hidden[torch.arange(len(unique)), lengths.to(device) - 1])
-        which = torch.tensor([unique[tuple(r.prompt)] for r in taken])
-        first = len(self.rows)
-        rows = torch.arange(first, first + len(taken))
-        self.cache.put(rows.to(device), which.to(device), prefill, lengths[which].to(device))
-        for row, request in enumerate(taken, first):
-            request.row = row
-            s = request.sampling
-            room = self.model.config.max_position_embeddings - len(request.prompt)
-            self.produced[row], self.limit[row], self.seeds[row] = 0, min(s.max_tokens, room), request.seed
-            self.context[row], self.temperature[row], self.top_p[row] = len(request.prompt), s.temperature, s.top_p
-            self.stop[row] = self._stop_ids(s)
-        self.rows += taken
-        self.prefilled += int(lengths.sum())
-        self._take(logits.index_select(0, which.to(device)), first)
-
-    def _decode(self) -> None:
-        n = len(self.rows)
-        width = batch_width(n, len(self.produced))
-        self.cache.begin(width, int(self.context[:n].max()))
-        last = self.tokens[np.arange(width), self.produced[:width] - 1]
-        tokens = torch.from_numpy(last).to(self.model.device).unsqueeze(1)
-        with one_row_kernels(width):
-            hidden, _ = self.model.hidden(tokens, self.cache.lengths[:width].unsqueeze(1), cache=self.cache)
-            logits = self.model.head(hidden[:, 0])[:n]
-        self.cache.advance(n)
-        self.context[:n] += 1
-        self._take(logits, 0)
-
-    def _take(self, logits: Tensor, first: int) -> None:
-        """Sample the next token of rows first.. and retire the rows that end."""
-        n = len(self.rows)
-        span = slice(first, n)
-        uniform = uniforms(self.seeds[span], self.produced[span])
-        token, logprob = (t.cpu().numpy() for t in sample(logits, self.temperature[span], self.top_p[span], uniform))
-        if int(self.produced[span].max(initial=0)) == self.tokens.shape[1]:
-            self.tokens = np.concatenate((self.tokens, np.zeros_like(self.tokens)), 1)
-            self.logprobs = np.concatenate((self.logprobs, np.zeros_like(self.logprobs)), 1)
-        at = np.arange(first, n), self.produced[span]
-        self.tokens[at], self.logprobs[at] = token, logprob
-        self.produced[span] += 1
-        self.generated += len(token)
-        stopped = (self.stop[span] == token[:, None]).any(1)
-        ended = np.flatnonzero(stopped | (self.produced[span] >= self.limit[span])) + first
-        if len(ended):
-            self._retire(ended, stopped[ended - first])
-
-    def _retire(self, ended: np.ndarray, stopped: np.ndarray) -> None:
-        for row, stop in zip(ended.tolist(), stopped.tolist(), strict=True):
-            said = self.tokens[row, : self.produced[row]].tolist(), self.logprobs[row, : self.produced[row]].tolist()
-            self.rows[row].output = self._output(self.rows[row], *said, stop)
-            self.rows[row].row = -1
-        gone, n = set(ended.tolist()), len(self.rows)
-        left = n - len(gone)
-        holes = [row for row in ended.tolist() if row < left]
-        movers = [row for row in range(left, n) if row not in gone]
-        if holes:
-            self.cache.move(torch.tensor(movers).to(self.model.device), torch.tensor(holes).to(self.model.device))
-            for array in (self.tokens, self.logprobs, self.produced, self.limit, self.seeds):
-                array[holes] = array[movers]
-            for array in (self.context, self.temperature, self.top_p, self.stop):
-                array[holes] = array[movers]
-            for hole, mover in zip(holes, movers, strict=True):
-                self.rows[hole] = self.rows[mover]
-                self.rows[hole].row = hole
-        self.cache.release(left, n)
-        del self.rows[left:]
-
-    def _output(self, request: Request, ids: list[int], logprobs: list[float], stopped: bool) -> Output:
-        out = Output(ids, logprobs, "stop" if stopped else "length")
-        if self.tokenizer is not None:
-            out.reasoning, text = self.tokenizer.thought(request.prompt, ids[:-1] if stopped else ids)
-            out.text = text or ""
-        return out
-
     def _stop_ids(self, sampling: Sampling) -> list[int]:
+        if sampling.ignore_eos:
+            return list(sampling.stop_ids)
         own = self.model.config.eos_token_id
         ids = [*sampling.stop_ids, *(own if isinstance(own, list) else [] if own is None else [own])]
         if self.tokenizer is not None and self.tokenizer.template is not None:
             ids.append(self.tokenizer.end_of_turn)
-        if len(ids) > self.stop.shape[1]:
-            self.stop = np.pad(self.stop, ((0, 0), (0, len(ids) - self.stop.shape[1])), constant_values=-1)
-        return ids + [-1] * (self.stop.shape[1] - len(ids))
+        return ids
 
-    def _allocate(self) -> None:
-        rows = min(self.max_rows, len(self.waiting))
-        self.cache = TokenCache(self.model.config, rows, self.model.dtype, self.model.device)
-        self.tokens, self.logprobs = np.zeros((rows, 64), np.int64), np.zeros((rows, 64), np.float32)
-        self.produced, self.limit, self.context, self.seeds = (np.zeros(rows, np.int64) for _ in range(4))
-        self.temperature, self.top_p = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
-        self.stop = np.full((rows, 1), -1, np.int64)
+    def _end(self, request: Request, reason: str, error: str | None = None) -> None:
+        if request.row >= 0:
+            self.scheduler.name(request, request.computed)
+            self.scheduler.leave(request)
+        request.finish_reason, request.error, request.finished = reason, error, time.monotonic()
+        ids = request.token_ids
+        out = Output(ids, request.logprobs, reason, top_logprobs=request.top_logprobs)
+        if request.transcript is not None:
+            request.transcript.finish()
+            out.reasoning, out.text = request.transcript.reasoning, request.transcript.text
+        elif self.tokenizer is not None:
+            said = ids[:-1] if reason == "stop" else ids
+            out.reasoning, text = self.tokenizer.thought(request.prompt, said)
+            out.text = text or ""
+        request.output = out
+
+    def _poisoned(self, request: Request) -> None:
+        """Its logits are no numbers: it ends alone, and what it left in the cache is wiped and never read."""
+        blocks = list(request.blocks)
+        self._blocks.forget(blocks)
+        request.named = len(blocks)
+        self._end(request, "error", "the model gave no numbers for this answer")
+        self._storage()[:, [b for b in blocks if not self._blocks.references[b]]] = 0.0
+
+    def _cancel_all(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.cancel(request)
+
+    # ---- memory and weights ------------------------------------------------------------------------------------------
+
+    @property
+    def _layers(self) -> int:
+        return self.model.config.num_hidden_layers + (self.speculation is not None)
+
+    def _total_blocks(self, memory: int | None) -> int:
+        block = BLOCK * self.bytes_per_token()
+        if memory is None:
+            contexts = self.max_rows * -(-self.model.config.max_position_embeddings // BLOCK)
+            return 1 + max(min(contexts, free_memory(self.model.device) // 4 // block), 1)
+        if memory < 2 * block:
+            raise BadInput(f"cache_memory = {memory:,} bytes is too little: the smallest cache, of {BLOCK} tokens, takes {2 * block:,}.")
+        return memory // block
+
+    def _storage(self) -> Tensor:
+        """[L, blocks, BLOCK, C]. Zeros, for masked positions must hold numbers (0 * nan is nan); on the CPU memory is touched when it is
+        used first."""
+        if self._pool is None:
+            c, m = self.model.config, self.model
+            self._pool = torch.zeros(self._layers, self._blocks.total, BLOCK, c.cache_width, dtype=m.dtype, device=m.device)
+        return self._pool
+
+    def _fingerprint(self) -> int:
+        """Changes when a weight is written to or replaced (but for writes that autograd does not see: say update_weights)."""
+        tensors = self.model.state_dict(keep_vars=True).values()
+        return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+
+    def _look_at_weights(self) -> None:
+        if self._fingerprint() != self._weights:
+            self.update_weights()
+
+    def _account(self, seconds: float) -> None:
+        s, scheduler = self.stats, self.scheduler
+        s.steps, s.step_seconds = s.steps + 1, seconds
+        s.preemptions, s.prefix_queries, s.prefix_hits = scheduler.preemptions, scheduler.queries, scheduler.hits
+        s.prefilled = scheduler.prefilled
+        s.running, s.waiting = len(scheduler.running), scheduler.queued
+        s.blocks, s.blocks_used = self._blocks.total - 1, self._blocks.used
+
+
+def _tops(log_p_nV: Tensor, most: int) -> list[Top]:
+    values, ids = log_p_nV.topk(min(most, log_p_nV.shape[1]), -1)
+    return [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]

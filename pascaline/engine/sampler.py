@@ -1,25 +1,32 @@
 """From logits to tokens. A token depends on its own logits, seed and position alone, never on its neighbours in the batch.
 
-Shapes: n rows, V vocabulary.
+The draw is a race (the Gumbel-max trick, arXiv 1411.0030): token v arrives after E_v / p_v with E_v ~ Exp(1) from a hash of (seed, position,
+v), and the first one wins. Rounding in another batch moves a token's p by 1e-6 and so changes the winner about once in a million draws,
+however large the vocabulary; and two distributions that are alike, a draft's and the model's, mostly draw the same token.
+
+Shapes: n rows, V vocabulary, M candidates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pascaline.errors import BadInput
 
-FEW = 1 << 14
-HEAD = 64  # top-p usually keeps fewer tokens than this, and a partial sort is far cheaper than a whole one
+HEAD = 64  # a cut usually keeps fewer tokens than this, and a partial sort is far cheaper than a whole one
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. temperature 0 is greedy; top_p keeps the smallest set of tokens that holds that much probability; n answers
-    a prompt; `seed` fixes them all; `stop_ids` end an answer besides the end token."""
+    """How to sample. temperature 0 is greedy; top_p keeps the smallest set of tokens that holds that much probability, top_k the k best
+    (0: all), min_p those with at least that share of the best one's probability. presence and frequency penalties are subtracted from
+    the logits of tokens already said (once, and for each time); repetition_penalty divides them (arXiv 1909.05858), the prompt's too.
+    n answers a prompt; `seed` fixes them all. `stop` strings end an answer where they occur after the thought, `stop_ids` besides the end
+    tokens, which ignore_eos turns off; none of them before min_tokens. After max_thinking_tokens the end of the thought is forced.
+    top_logprobs: so many alternatives are reported for each token; prompt_logprobs: what the model gives the prompt's own tokens."""
 
     temperature: float = 0.6
     top_p: float = 0.95
@@ -27,28 +34,53 @@ class Sampling:
     n: int = 1
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    max_thinking_tokens: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, good in (
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf")),
-            ("top_p", self.top_p, 0 < self.top_p <= 1),
-            ("max_tokens", self.max_tokens, self.max_tokens >= 1),
-            ("n", self.n, self.n >= 1),
-            ("seed", self.seed, 0 <= self.seed < 2**64),
+        for name, good in (
+            ("temperature", 0 <= self.temperature < float("inf")),
+            ("top_p", 0 < self.top_p <= 1),
+            ("top_k", self.top_k >= 0),
+            ("min_p", 0 <= self.min_p <= 1),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf")),
+            ("max_tokens", self.max_tokens >= (0 if self.prompt_logprobs else 1)),
+            ("min_tokens", self.min_tokens >= 0),
+            ("n", self.n >= 1),
+            ("seed", 0 <= self.seed < 2**64),
+            ("stop", all(self.stop)),
+            ("logit_bias", all(token >= 0 and -100 <= bias <= 100 for token, bias in self.logit_bias)),
+            ("top_logprobs", self.top_logprobs >= 0),
+            ("max_thinking_tokens", self.max_thinking_tokens is None or self.max_thinking_tokens >= 0),
         ):
             if not good:
-                raise BadInput(f"sampling: {name} = {value} is out of range.")
+                raise BadInput(f"sampling: {name} = {getattr(self, name)} is out of range.")
 
-
-def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One number in (0, 1) for each (seed, position), float64: the splitmix64 hash (Steele et al. 2014) as a counter-based generator."""
-    with np.errstate(over="ignore"):
-        x = mix(seeds.astype(np.uint64) + mix(positions.astype(np.uint64)))
-    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    @property
+    def by_history(self) -> bool:
+        """Whether what was said so far changes the logits."""
+        return (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+            or self.max_thinking_tokens is not None
+        )
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser on uint64."""
+    """splitmix64 (Steele et al. 2014), a step and its finaliser, on uint64."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -56,54 +88,70 @@ def mix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def sample(logits_nV: Tensor, temperature_n: np.ndarray, top_p_n: np.ndarray, uniform_n: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Tokens [n] and their log-probabilities [n] under the model itself (temperature 1, nothing cut off).
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
 
-    The settings are NumPy arrays: what has to be done is decided without waiting for an accelerator.
-    """
 
-    def there(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(logits_nV.device)
+def _mix(x: Tensor) -> Tensor:
+    """`mix` on int64, in place; PyTorch's shift keeps the sign, so its bits are masked off."""
+    x += _signed(0x9E3779B97F4A7C15)
+    x ^= (x >> 30) & ((1 << 34) - 1)
+    x *= _signed(0xBF58476D1CE4E5B9)
+    x ^= (x >> 27) & ((1 << 37) - 1)
+    x *= _signed(0x94D049BB133111EB)
+    x ^= (x >> 31) & ((1 << 33) - 1)
+    return x
 
-    log_p = logits_nV.float().log_softmax(-1)
-    greedy_n, cut_n = temperature_n == 0, top_p_n < 1
-    if greedy_n.all():
-        token_n = log_p.argmax(-1)
+
+def exponentials(key_n: Tensor, ids_nM: Tensor) -> Tensor:
+    """Exp(1) for each (key, token id), float32 [n, M]."""
+    hashed = _mix(ids_nM * _signed(0xD1B54A32D192ED03) ^ key_n.unsqueeze(1))
+    uniform = ((hashed >> 32) & 0xFFFFFFFF).float().add_(0.5).mul_(2.0**-32)
+    return uniform.neg_().log1p_().neg_()  # of small numbers exact, and those win races
+
+
+def sample(logits_nV: Tensor, settings_n: Sequence[Sampling], seed_n: np.ndarray, position_n: np.ndarray) -> Tensor:
+    """Tokens [n] under each row's temperature and cuts. position: the token's index in its answer."""
+    device = logits_nV.device
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=device).unsqueeze(1)
+
+    greedy = [s.temperature == 0 for s in settings_n]
+    best_n = logits_nV.argmax(-1)
+    if all(greedy):
+        return best_n
+    # The best token's exponent is 0 before the division: a tiny temperature must not push all of them to -inf.
+    shifted = logits_nV.float() - logits_nV.gather(1, best_n.unsqueeze(1)).float()
+    if any(s.temperature != 1 for s in settings_n):
+        shifted /= column([s.temperature or 1.0 for s in settings_n])
+    p_nV = shifted.softmax(-1)
+    key_n = torch.from_numpy(mix(seed_n.astype(np.uint64) + mix(position_n.astype(np.uint64))).view(np.int64)).to(device)
+    cut = [s.top_p < 1 or s.top_k > 0 or s.min_p > 0 for s in settings_n]
+    if all(cut):
+        token_n = _race(*_kept(p_nV, settings_n, column), key_n)
     else:
-        # The best token's exponent is 0 before the division: a tiny temperature must not push all of them to -inf.
-        heat = None if (temperature_n == 1).all() else there(np.where(greedy_n, 1, temperature_n)).unsqueeze(1)
-        p_nV = log_p.exp() if heat is None else ((log_p - log_p.amax(-1, keepdim=True)) / heat).softmax(-1)
-        uniform = there(uniform_n)
-        token_n = _top_p(p_nV, there(top_p_n), uniform) if cut_n.all() else _invert(p_nV, uniform)
-        if cut_n.any() and not cut_n.all():
-            token_n = torch.where(there(cut_n), _top_p(p_nV, there(top_p_n), uniform), token_n)
-        if greedy_n.any():
-            token_n = torch.where(there(greedy_n), log_p.argmax(-1), token_n)
-    return token_n, log_p.gather(1, token_n.unsqueeze(1)).squeeze(1)
+        token_n = _race(p_nV, torch.arange(p_nV.shape[1], device=device).unsqueeze(0), key_n)
+        if any(cut):
+            token_n = torch.where(torch.tensor(cut, device=device), _race(*_kept(p_nV, settings_n, column), key_n), token_n)
+    return torch.where(torch.tensor(greedy, device=device), best_n, token_n) if any(greedy) else token_n
 
 
-def _invert(p: Tensor, uniform_n: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first index whose cumulated probability reaches uniform * total; [n].
-
-    Of many numbers first the block of HEAD, then the index in it: cumulated sums are slow.
-    """
-    if p.numel() <= FEW:
-        cdf = p.cumsum(-1, dtype=torch.float64)
-        return torch.searchsorted(cdf, (uniform_n * cdf[:, -1]).unsqueeze(1)).squeeze(1)
-    blocks = F.pad(p, (0, -p.shape[1] % HEAD)).unflatten(1, (-1, HEAD))
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    reach = (uniform_n * ends[:, -1]).unsqueeze(1)
-    block = torch.searchsorted(ends, reach)
-    inside = blocks[torch.arange(len(p), device=p.device), block.squeeze(1)].cumsum(-1, dtype=torch.float64)
-    # Rounding must not carry the rest past the ends of the block, where probabilities may be 0.
-    rest = torch.minimum((reach - ends.gather(1, block) + inside[:, -1:]).clamp(min=torch.finfo(torch.float64).tiny), inside[:, -1:])
-    return (block * HEAD + torch.searchsorted(inside, rest)).squeeze(1)
+def _race(p_nM: Tensor, ids_nM: Tensor, key_n: Tensor) -> Tensor:
+    winner = (p_nM / exponentials(key_n, ids_nM.expand(len(p_nM), -1))).argmax(-1, keepdim=True)
+    return ids_nM.expand_as(p_nM).gather(1, winner).squeeze(1)
 
 
-def _top_p(p_nV: Tensor, top_p_n: Tensor, uniform_n: Tensor) -> Tensor:
-    values, indices = p_nV.topk(min(HEAD, p_nV.shape[1]), -1)
-    if bool((values.sum(-1) < top_p_n).any()):
-        values, indices = p_nV.sort(-1, descending=True)
+def _kept(p_nV: Tensor, settings_n: Sequence[Sampling], column) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    """Candidates' probabilities, 0 for those cut off, and their ids, best first, both [n, M]."""
+    V = p_nV.shape[1]
+    top_k, top_p = column([s.top_k or V for s in settings_n]), column([s.top_p for s in settings_n])
+    floor = column([s.min_p for s in settings_n]) * p_nV.amax(-1, keepdim=True)
+    values, ids = p_nV.topk(min(HEAD, V), -1)
+    enough = (top_k <= HEAD) | ((top_k >= V) & ((values.sum(-1, keepdim=True) >= top_p) | (values[:, -1:] < floor)))
+    if not bool(enough.all()):
+        values, ids = torch.sort(p_nV, dim=-1, descending=True, stable=True)
+    values = values.masked_fill(torch.arange(values.shape[1], device=values.device) >= top_k, 0.0)
+    mass = torch.where(top_k < V, values.sum(-1, keepdim=True), 1.0)  # top_p is of what top_k left
     before = values.cumsum(-1) - values
-    kept = values.masked_fill(before >= top_p_n.unsqueeze(1), 0.0)
-    return indices.gather(1, _invert(kept, uniform_n).unsqueeze(1)).squeeze(1)
+    return values.masked_fill((before >= top_p * mass) | (values < floor), 0.0), ids

@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, S cached tokens, H heads, D hidden, R latent rank
 grouped: K heads of keys and values, G queries to each, C numbers a head.
 """
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -32,15 +33,39 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class Part(Protocol):
+    """Rows of a step that attend together: P of them, T new tokens each with padding, among the step's n."""
+
+    take_PT: Tensor | None  # which of the n tokens; None: all of them, in order, T = 1
+    put: Tensor | None  # of the P * T results those that count ...
+    to: Tensor | None  # ... and which tokens they belong to
+    mask_PTS: Tensor  # to add to scores
+
+
 class Cache(Protocol):
-    """What attention asks of a cache. `fresh` is true while no row holds earlier tokens, so the expanded form is enough."""
+    """What attention asks of a cache while it decodes. The batch is then [1, n]: n tokens of several rows, each after earlier ones."""
 
-    fresh: bool
+    parts: Sequence[Part]
 
-    def append(self, layer: int, entries_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' entries ([latent | rotary key], or [keys | values]); return all of them [B, S, ...] and a mask
-        [B, 1 or T, S] to add to scores."""
+    def append(self, layer: int, entries_nC: Tensor) -> None:
+        """Store the new tokens' entries ([latent | rotary key], or [keys | values])."""
         ...
+
+    def entries(self, layer: int, part: Part) -> Tensor:
+        """Everything stored of a part's rows, [P, S, C]."""
+        ...
+
+
+def by_parts(cache: Cache, queries_1n: Sequence[Tensor], attend_part: Callable[[Part, list[Tensor]], Tensor], width: int) -> Tensor:
+    """Attention part by part: queries [1, n, ...] dealt out as [P, T, ...], results [P, T, width] put together as [1, n, width]."""
+    whole = [q[0].unsqueeze(1) for q in queries_1n]
+    out = queries_1n[0].new_empty(queries_1n[0].shape[1], width)
+    for part in cache.parts:
+        if part.take_PT is None:
+            return attend_part(part, whole).transpose(0, 1)
+        found = attend_part(part, [q[0][part.take_PT] for q in queries_1n])
+        out[part.to] = found.flatten(0, 1)[part.put]
+    return out[None]
 
 
 class LatentAttention(nn.Module):
@@ -77,25 +102,38 @@ class LatentAttention(nn.Module):
         # One rotary call for the queries of all heads and the one key they share.
         q_rope, k_rope = rotate(torch.cat((q_rope, k_rope.unsqueeze(2)), 2), turn).split([c.num_attention_heads, 1], 2)
         if cache is not None:
-            fresh = cache.fresh
-            entries, mask_BTS = cache.append(self.layer, torch.cat((latent, k_rope.squeeze(2)), -1))
-            if not fresh:
-                return self.o_proj(self._absorbed(q_nope, q_rope, entries, mask_BTS))
+            cache.append(self.layer, torch.cat((latent, k_rope.squeeze(2)), -1)[0])
+
+            def attend_part(part: Part, queries: list[Tensor]) -> Tensor:
+                return self._stored(*queries, cache.entries(self.layer, part), part.mask_PTS)
+
+            return self.o_proj(by_parts(cache, (q_nope, q_rope), attend_part, c.num_attention_heads * c.v_head_dim))
         assert mask_BTT is not None
         return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, mask_BTT))
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent_BTR: Tensor, k_rope: Tensor, mask_BTT: "Tensor | BlockMask") -> Tensor:
+    def _stored(self, q_nope: Tensor, q_rope: Tensor, entries_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
+        """Attention to stored entries in the form that takes fewer multiplications: one or a few queries absorb, long prompts expand."""
+        c, T, S = self.config, q_nope.shape[1], entries_BSC.shape[1]
+        R, P, N, V = c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim, c.v_head_dim
+        if T * R * (N + V) + T * S * (2 * R + P) <= S * R * (N + V) + T * S * (N + P + V):
+            return self._absorbed(q_nope, q_rope, entries_BSC, mask_BTS)
+        latent, k_rope = entries_BSC.split([R, P], -1)
+        return self._expanded(q_nope, q_rope, latent, k_rope.unsqueeze(2), mask_BTS, causal=False)
+
+    def _expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope: Tensor, mask_BTS: "Tensor | BlockMask", causal: bool = True
+    ) -> Tensor:
         """The form of the paper's equations: keys and values per head. [B, T, H*V]."""
         c = self.config
         B, T, H, _ = q_nope.shape
-        kv = self.kv_b_proj(latent_BTR).view(B, T, H, c.qk_nope_head_dim + c.v_head_dim)
+        kv = self.kv_b_proj(latent_BSR).unflatten(-1, (H, c.qk_nope_head_dim + c.v_head_dim))
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), -1).transpose(1, 2)
         if self.max_logit_H is not None and torch.is_grad_enabled():
-            assert isinstance(mask_BTT, Tensor)
-            self.max_logit_H = torch.maximum(self.max_logit_H, largest_logits(q, k, mask_BTT, c.attention_scale))
-        return attend(q, k, v.transpose(1, 2), mask_BTT, c.attention_scale).transpose(1, 2).reshape(B, T, H * c.v_head_dim)
+            assert isinstance(mask_BTS, Tensor)
+            self.max_logit_H = torch.maximum(self.max_logit_H, largest_logits(q, k, mask_BTS, c.attention_scale))
+        return attend(q, k, v.transpose(1, 2), mask_BTS, c.attention_scale, causal).transpose(1, 2).reshape(B, T, H * c.v_head_dim)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entries_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
         """(q W_UK) . latent equals q . (W_UK latent): attend in the latent space, expand only the result. [B, T, H*V]."""
@@ -135,10 +173,12 @@ class GroupedAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate_halves(torch.cat((q, k), 2), turn).split([c.num_attention_heads, c.kv_heads], 2)
         if cache is not None:
-            fresh = cache.fresh
-            entries, mask_BTS = cache.append(self.layer, torch.cat((k.flatten(2), v.flatten(2)), -1))
-            if not fresh:
-                return self.o_proj(self._cached(q, entries, mask_BTS))
+            cache.append(self.layer, torch.cat((k.flatten(2), v.flatten(2)), -1)[0])
+
+            def attend_part(part: Part, queries: list[Tensor]) -> Tensor:
+                return self._stored(queries[0], cache.entries(self.layer, part), part.mask_PTS)
+
+            return self.o_proj(by_parts(cache, (q,), attend_part, c.num_attention_heads * c.qk_head_dim))
         assert mask_BTT is not None
         groups = c.num_attention_heads // c.kv_heads
         q, k, v = (part.transpose(1, 2) for part in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
@@ -147,7 +187,7 @@ class GroupedAttention(nn.Module):
             self.max_logit_H = torch.maximum(self.max_logit_H, largest_logits(q, k, mask_BTT, c.attention_scale))
         return self.o_proj(attend(q, k, v, mask_BTT, c.attention_scale).transpose(1, 2).flatten(2))
 
-    def _cached(self, q_BTHC: Tensor, entries_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
+    def _stored(self, q_BTHC: Tensor, entries_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
         """Few queries against all entries; the queries of a group stand side by side, so that no key is copied. [B, T, H*C]."""
         c = self.config
         groups = c.num_attention_heads // c.kv_heads
@@ -181,25 +221,26 @@ def visible_blocks(document_ids_BT: Tensor | None, batch: int, length: int, devi
     return create_block_mask(sees, rows, None, length, length, device=device)
 
 
-def attend(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTV: Tensor, mask_BTT: "Tensor | BlockMask", scale: float) -> Tensor:
-    """Causal attention under an additive mask, or under blocks of one, [B, H, T, V].
+def attend(q_BHTC: Tensor, k_BHSC: Tensor, v_BHSV: Tensor, mask_BTS: "Tensor | BlockMask", scale: float, causal: bool = True) -> Tensor:
+    """Attention under an additive mask, or under blocks of one, [B, H, T, V]. causal: query i sees keys 0..i at most.
 
     CPU kernels of scaled_dot_product_attention are no faster in bf16 than in float32 and want equal head dims, so on the CPU
     blocks of queries meet only the keys before them in plain matmuls; elsewhere PyTorch's kernel does it (parity: tests).
     """
-    if not isinstance(mask_BTT, Tensor):
+    if not isinstance(mask_BTS, Tensor):
         from torch.nn.attention.flex_attention import flex_attention
 
-        return flex_attention(q_BHTC, k_BHTC, v_BHTV, block_mask=mask_BTT, scale=scale)
-    mask = mask_BTT.unsqueeze(1)
+        return flex_attention(q_BHTC, k_BHSC, v_BHSV, block_mask=mask_BTS, scale=scale)
+    mask = mask_BTS.unsqueeze(1)
     if q_BHTC.device.type != "cpu":
-        return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTV, attn_mask=mask, scale=scale)
+        return F.scaled_dot_product_attention(q_BHTC, k_BHSC, v_BHSV, attn_mask=mask, scale=scale)
     out = []
     for start in range(0, q_BHTC.shape[2], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, q_BHTC.shape[2])
-        scores = torch.matmul(q_BHTC[:, :, start:stop] * scale, k_BHTC[:, :, :stop].transpose(2, 3))
-        weights = scores.add_(mask[:, :, start:stop, :stop]).softmax(-1)
-        out.append(torch.matmul(weights, v_BHTV[:, :, :stop]))
+        seen = stop if causal else k_BHSC.shape[2]
+        scores = torch.matmul(q_BHTC[:, :, start:stop] * scale, k_BHSC[:, :, :seen].transpose(2, 3))
+        weights = scores.add_(mask[:, :, start:stop, :seen]).softmax(-1)
+        out.append(torch.matmul(weights, v_BHSV[:, :, :seen]))
     return torch.cat(out, 2) if len(out) > 1 else out[0]
 
 

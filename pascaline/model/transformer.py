@@ -123,11 +123,10 @@ class Model(nn.Module):
             positions_BT = torch.arange(T, device=tokens_BT.device).expand(B, T)
         turn = turns(self.config.rope, self.config.rope_dim, positions_BT)
         real = None if document_ids_BT is None else document_ids_BT >= 0
-        # A cache that holds earlier tokens brings its own mask.
-        mask: Tensor | BlockMask | None = None
+        mask: Tensor | BlockMask | None = None  # a cache brings its own
         if cache is None and self.flex:
             mask = visible_blocks(document_ids_BT, B, T, tokens_BT.device)
-        elif cache is None or cache.fresh:
+        elif cache is None:
             mask = visible(document_ids_BT, B, T, tokens_BT.device, self.dtype)
         return View(turn, mask, cache, real)
 

@@ -76,9 +76,9 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
                     weights = hf.load(folder, run.dtype, run.device)
                     engine, loaded = Engine(weights, run.tokenizer()), model
                 assert engine is not None
-                before, began = engine.generated + engine.prefilled, time.perf_counter()
+                before, began = engine.stats.generated + engine.stats.prefilled, time.perf_counter()
                 found = work(engine)
-                found["tokens"] = engine.generated + engine.prefilled - before
+                found["tokens"] = engine.stats.generated + engine.stats.prefilled - before
                 found |= {"flops": 2.0 * active_parameters(engine.model) * found["tokens"], "seconds": time.perf_counter() - began}
                 spent.add(*(found[key] for key in COST))
                 write_json(path, found)

@@ -91,7 +91,7 @@ class Check:
             if missing := [str(end) for end in ends if self.stage.needles and end not in {row["length"] for row in needles}]:
                 progress.note(f"no needle with a haystack fits into {', '.join(missing)} tokens")
             progress.note(summary_line(told))
-        work = engine.generated + engine.prefilled + sum(map(len, self.texts))
+        work = engine.stats.generated + engine.stats.prefilled + sum(map(len, self.texts))
         spent = (time.perf_counter() - began, work, 2.0 * active_parameters(engine.model) * work)
         write_json(self.part(name), {**told, **dict(zip(COST, spent, strict=True))})
         for totals in (self.spent, self.stands):

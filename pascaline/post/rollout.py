@@ -38,9 +38,9 @@ class Rollouts:
     def step(self, step: int) -> list[Batch]:
         problems = self.problems(step)
         sampling = Sampling(1.0, 1.0, self.rl.max_tokens, self.rl.samples, seed=random.Random(f"sample {self.seed} {step}").getrandbits(48))
-        before = self.engine.generated + self.engine.prefilled
+        before = self.engine.stats.generated + self.engine.stats.prefilled
         outputs = self.engine.generate([p.prompt for p in problems], sampling)
-        spent = self.engine.generated + self.engine.prefilled - before
+        spent = self.engine.stats.generated + self.engine.stats.prefilled - before
         verdicts = [[verdict(p, o) for o in group] for p, group in zip(problems, outputs, strict=True)]
         right = np.array([[v is Verdict.RIGHT for v in group] for group in verdicts])
         cut = np.array([[o.finish_reason == "length" for o in group] for group in outputs])

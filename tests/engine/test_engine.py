@@ -8,8 +8,6 @@ from tiny import randomize_, tiny_model
 
 from pascaline.data.batch import Sample, batches
 from pascaline.engine import Engine, Sampling
-from pascaline.engine import cache as cache_module
-from pascaline.engine import engine as engine_module
 from pascaline.engine.engine import batch_width, one_row_kernels
 from pascaline.errors import BadInput
 from pascaline.model.config import Rope
@@ -91,9 +89,8 @@ def test_the_trainers_loss_on_fresh_samples_is_minus_the_advantage():
     assert loss.item() == pytest.approx(-0.7, abs=1e-5)
 
 
-def test_long_answers_outgrow_every_buffer(monkeypatch):
-    """Past 64 tokens the token buffer doubles and the cache grows, more than once."""
-    monkeypatch.setattr(cache_module, "BLOCK", 16)
+def test_long_answers_outgrow_every_buffer():
+    """Past 8 blocks the block table grows."""
     model = calm(tiny_model(eos_token_id=None, max_position_embeddings=256))
     (output,) = Engine(model).generate([[5, 6, 7]], Sampling(1.0, 1.0, max_tokens=180))[0]
     assert len(output.token_ids) == 180
@@ -137,9 +134,9 @@ def test_answers_do_not_depend_on_their_company(model, reference):
     assert ids(Engine(model, max_rows=2).generate(asked[:3] + prompts(9)[6:], HOT))[:9] == ids(reference[:3])
 
 
-def test_prefill_in_pieces_changes_nothing(model, reference, monkeypatch):
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 20)
-    assert ids(Engine(model).generate(prompts(6), HOT)) == ids(reference)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 20])
+def test_prefill_in_pieces_changes_nothing(model, reference, tokens):
+    assert ids(Engine(model, max_batch_tokens=tokens).generate(prompts(6), HOT)) == ids(reference)
 
 
 def test_an_engine_can_be_used_again(model, reference):
@@ -307,8 +304,8 @@ def test_a_stream_is_the_same_answer_piece_by_piece(model, seed):
 def test_a_stream_gives_tokens_as_they_come():
     engine = Engine(scripted(COUNT, 40))
     stream = engine.stream([3], Sampling(0.0, max_tokens=8))
-    assert next(stream) == 4 and engine.generated == 1
-    assert next(stream) == 5 and engine.generated == 2
+    assert next(stream) == 4 and engine.stats.generated == 1
+    assert next(stream) == 5 and engine.stats.generated == 2
     stream.close()  # the reader went away
     assert ids(engine.generate([[3]], GREEDY)) == [[4, 5, 6, 7, 8, 9, 10, 11]]
 
@@ -316,20 +313,19 @@ def test_a_stream_gives_tokens_as_they_come():
 def test_a_request_that_arrives_while_others_run():
     """What a server will do: it waits for a row, then runs like any other."""
     engine = Engine(scripted(COUNT, 40), max_rows=8)
-    (first,) = engine.requests([3], Sampling(0.0, max_tokens=6), 0)
-    (second,) = engine.requests([10], Sampling(0.0, max_tokens=3), 0)
-    engine.waiting.append(first)
-    engine.step()
-    engine.waiting.append(second)
-    while engine.step():
-        pass
+    (first,) = engine.add([3], Sampling(0.0, max_tokens=6))
+    assert engine.step() == [first]
+    (second,) = engine.add([10], Sampling(0.0, max_tokens=3))
+    assert engine.step() == [first, second]
+    while engine.busy:
+        engine.step()
     assert first.output.token_ids == [4, 5, 6, 7, 8, 9] and second.output.token_ids == [11, 12, 13]
 
 
 def test_tokens_are_counted(model):
     engine = Engine(model)
     outputs = flat(engine.generate([[5, 6], [7, 8, 9]], Sampling(max_tokens=5, n=2)))
-    assert engine.generated == sum(len(o.token_ids) for o in outputs) and engine.prefilled == 5  # a shared prompt once
+    assert engine.stats.generated == sum(len(o.token_ids) for o in outputs) and engine.stats.prefilled == 5  # a shared prompt once
 
 
 # ---- thought and answer ----------------------------------------------------------------------------------------------
@@ -399,10 +395,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_a_shrinking_batch_brings_few_shapes() -> None:
-    widths = [batch_width(rows, 512) for rows in range(1, 513)]
+    widths = [batch_width(rows) for rows in range(1, 513)]
     assert all(rows <= width <= 512 for rows, width in enumerate(widths, 1))
     assert len(set(widths)) <= 21 and widths[0] == 1
-    assert batch_width(33, 40) == 40  # never more rows than the cache has
 
 
 def test_kernels_for_one_row_are_chosen_for_one_row_alone() -> None:

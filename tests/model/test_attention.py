@@ -1,5 +1,8 @@
 """Latent attention: expanded, absorbed and cached agree; documents do not see each other; rotary angles are transformers'."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +12,8 @@ from tiny import relative_error, tiny_config, tiny_model
 from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pascaline.engine import cache as cache_module
-from pascaline.engine.cache import PrefillCache, TokenCache
+from pascaline.engine.blocks import BLOCK
+from pascaline.engine.cache import Batch, bytes_per_token
 from pascaline.model import attention
 from pascaline.model.attention import LatentAttention, attend, visible
 from pascaline.model.config import Rope
@@ -32,75 +35,82 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 # ---- absorbed, cached ------------------------------------------------------------------------------------------------
 
 
-class Everything:
-    """A cache that holds exactly the new tokens but is not fresh, so that attention takes the absorbed form."""
-
-    fresh = False
-
-    def append(self, layer, entries_BTC):
-        return entries_BTC, visible(None, 1, entries_BTC.shape[1], entries_BTC.device, entries_BTC.dtype)
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("changes", SHAPES)
 @torch.no_grad()
 def test_absorbed_is_expanded(changes, rows):
-    config = tiny_config(**changes)
     layer = tiny_model(**changes).model.layers[0].self_attn
     assert isinstance(layer, LatentAttention)
-    x = randn(rows, 11, config.hidden_size)
-    turn = turns(config.rope, config.qk_rope_head_dim, torch.arange(11).expand(rows, 11))
-    mask = visible(None, rows, 11, x.device, x.dtype)
-    assert relative_error(layer(x, turn, mask, Everything()), layer(x, turn, mask)) < 1e-4
+    c = layer.config
+    q_nope = randn(rows, 11, c.num_attention_heads, c.qk_nope_head_dim)
+    q_rope, entries = randn(rows, 11, c.num_attention_heads, c.qk_rope_head_dim, seed=1), randn(rows, 11, c.cache_width, seed=2)
+    latent, k_rope = entries.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+    mask = visible(None, rows, 11, entries.device, entries.dtype).expand(rows, -1, -1)
+    expanded = layer._expanded(q_nope, q_rope, latent, k_rope.unsqueeze(2), mask)
+    assert relative_error(layer._absorbed(q_nope, q_rope, entries, mask), expanded) < 1e-4
 
 
-@pytest.mark.parametrize("changes", SHAPES)
+FAMILIES = [*SHAPES, dict(model_type="llama"), dict(model_type="qwen2", num_key_value_heads=1), dict(model_type="qwen3", head_dim=8)]
+
+
+@pytest.mark.parametrize("changes", FAMILIES)
 @torch.no_grad()
-def test_decoding_token_by_token_is_the_full_forward(changes, monkeypatch):
-    """Ragged prompts, rows that share a prompt, a cache that grows several times."""
-    monkeypatch.setattr(cache_module, "BLOCK", 4)
-    model = tiny_model(**changes)
-    texts = [randint(61, 19, seed=i) for i in range(3)]
-    texts.append(torch.cat((texts[1][:7], randint(61, 12, seed=9))))  # the same prompt as row 1, another continuation
-    lengths, which = [3, 7, 5, 7], [0, 1, 2, 1]
-    prefill = PrefillCache()
-    padded = torch.stack([F.pad(texts[i][: lengths[i]], (0, 7 - lengths[i])) for i in range(3)])
-    model.hidden(padded, cache=prefill)
-    cache = TokenCache(model.config, 4, torch.float32, torch.device("cpu"))
-    cache.put(torch.arange(4), torch.tensor(which), prefill, torch.tensor(lengths))
+def test_steps_of_any_size_are_the_full_forward(changes, monkeypatch):
+    """Four texts on a pool of blocks, in random chunks and company; two share the blocks of their common beginning."""
+    model, draw = tiny_model(**changes), random.Random(1)
+    texts = [randint(61, 40, seed=i) for i in range(3)]
+    texts.append(torch.cat((texts[1][:BLOCK], randint(61, 23, seed=9))))
+    pool = torch.zeros(2, 20, BLOCK, model.config.cache_width)
+    tables = np.array([[4, 2, 9], [1, 17, 3], [10, 11, 12], [1, 5, 6]], np.int32)
     full = [model.hidden(text[None])[0][0] for text in texts]
-    at = list(lengths)
-    for _ in range(12):
-        cache.begin(4, max(at))
-        tokens = torch.stack([text[i] for text, i in zip(texts, at, strict=True)]).unsqueeze(1)
-        hidden, _ = model.hidden(tokens, cache.lengths.unsqueeze(1), cache=cache)
-        cache.advance(cache.rows)
-        for row in range(4):
-            assert relative_error(hidden[row, 0], full[row][at[row]]) < 1e-4
-        at = [i + 1 for i in at]
-        assert cache.lengths.tolist() == at
+    at, sizes = [0, 0, 0, BLOCK], set()
+    while any(a < len(t) for a, t in zip(at, texts, strict=True)):
+        rows = [i for i in range(4) if at[i] < len(texts[i]) and (i < 3 or at[1] >= BLOCK) and draw.random() < 0.8]
+        counts = [min(draw.choice([1, 1, 2, 5, 30]), len(texts[i]) - at[i]) for i in rows]
+        if not rows:
+            continue
+        batch = Batch(pool, tables[rows], [at[i] for i in rows], counts)
+        tokens = torch.cat([texts[i][at[i] : at[i] + n] for i, n in zip(rows, counts, strict=True)])
+        hidden, _ = model.hidden(tokens[None], batch.position_n[None], cache=batch)
+        for i, n, own in zip(rows, counts, hidden[0].split(counts), strict=True):
+            assert relative_error(own, full[i][at[i] : at[i] + n]) < 1e-4
+            at[i] += n
+        sizes.add(len(batch.parts))
+    assert len(sizes) > 1  # steps of one part and of several
+    assert not pool[:, [0, 7, 8, 13]].any()  # nobody's blocks
 
 
 @torch.no_grad()
-def test_moved_rows_go_on_as_before():
-    model = tiny_model()
-    texts = randint(61, 3, 9)
-    prefill = PrefillCache()
-    model.hidden(texts[:, :6], cache=prefill)
-    cache = TokenCache(model.config, 3, torch.float32, torch.device("cpu"))
-    cache.put(torch.arange(3), torch.arange(3), prefill, torch.tensor([6, 4, 5]))
-    cache.move(torch.tensor([2]), torch.tensor([0]))  # row 0 ended; its place goes to row 2
-    cache.begin(2, 5)
-    hidden, _ = model.hidden(texts[[2, 1], [5, 4]].unsqueeze(1), cache.lengths[:2].unsqueeze(1), cache=cache)
-    assert relative_error(hidden[0, 0], model.hidden(texts[2:, :6])[0][0, 5]) < 1e-4
-    assert relative_error(hidden[1, 0], model.hidden(texts[1:2, :5])[0][0, 4]) < 1e-4
+def test_a_long_part_attends_to_more_than_its_own_positions():
+    """300 new tokens after 100 stored ones, more than a block of queries; rows of a part start at different positions."""
+    model = tiny_model(max_position_embeddings=512)
+    texts = randint(61, 2, 400)
+    pool, tables = torch.zeros(2, 60, BLOCK, model.config.cache_width), np.arange(1, 53, dtype=np.int32).reshape(2, 26)
+    for starts, counts in (([0, 0], [100, 10]), ([100, 10], [300, 390])):
+        batch = Batch(pool, tables, starts, counts)
+        tokens = torch.cat([text[a : a + n] for text, a, n in zip(texts, starts, counts, strict=True)])
+        hidden, _ = model.hidden(tokens[None], batch.position_n[None], cache=batch)
+    for own, text in zip(hidden[0].split([300, 390]), texts, strict=True):
+        assert relative_error(own, model.hidden(text[None])[0][0, -len(own) :]) < 1e-4
 
 
-def test_the_cache_holds_the_latent_and_one_rotary_key():
-    config = tiny_config()
-    cache = TokenCache(config, 5, torch.bfloat16, torch.device("cpu"))
-    assert cache.width == config.kv_lora_rank + config.qk_rope_head_dim
-    assert cache.bytes_per_token() == config.num_hidden_layers * cache.width * 2
+@pytest.mark.parametrize("new, stored, absorbed", [(1, 500, True), (4, 500, True), (500, 500, False), (200, 500, False)])
+def test_the_form_is_chosen_by_its_cost(new, stored, absorbed, monkeypatch):
+    """DeepSeek-V3's proportions: one head of it."""
+    c = tiny_config(num_attention_heads=1, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+    layer, taken = LatentAttention(c, 0), []
+    for name in ("_absorbed", "_expanded"):
+        monkeypatch.setattr(layer, name, lambda *args, name=name, **kw: taken.append(name))
+    layer._stored(torch.zeros(1, new, 1, 128), torch.zeros(1, new, 1, 64), torch.zeros(1, stored, 576), torch.zeros(1, new, stored))
+    assert taken == ["_absorbed" if absorbed else "_expanded"]
+
+
+def test_bytes_of_a_token_in_the_cache():
+    """reference/serving.md B: DeepSeek-V3 and Qwen2.5-72B in bf16."""
+    latent = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, num_hidden_layers=61)
+    assert bytes_per_token(tiny_config(**latent), torch.bfloat16) == 70_272
+    grouped = dict(model_type="qwen2", num_hidden_layers=80, hidden_size=8192, num_attention_heads=64, num_key_value_heads=8)
+    assert bytes_per_token(tiny_config(**grouped), torch.bfloat16) == 327_680
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------

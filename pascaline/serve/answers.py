@@ -1,0 +1,392 @@
+"""From a request to the engine's jobs, and from their pieces to the answer, whole or streamed."""
+
+import asyncio
+import hashlib
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+
+from pascaline.engine import Sampling
+from pascaline.engine.transcript import Transcript
+from pascaline.errors import BadInput, describe_validation
+from pascaline.serve.options import VERSION, Options
+from pascaline.serve.schema import ApiError, ChatRequest, CompletionRequest, Generation
+from pascaline.serve.service import Job, Piece, Service
+from pascaline.serve.stream import DONE, PING, event
+from pascaline.tokenizer import Tokenizer
+
+T = TypeVar("T")
+FLOOR = -9999.0  # JSON has no -inf
+READERS = 2  # threads that render and tokenise; the rest waits its turn
+SAME = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "n", "ignore_eos",
+        "max_thinking_tokens")  # fmt: skip
+
+
+def finite(logprob: float) -> float:
+    """A logarithm as JSON can hold it."""
+    return max(logprob, FLOOR) if math.isfinite(logprob) else FLOOR
+
+
+class Voice:
+    """One answer as its pieces arrive. raw: all is text, as completions want it; chats have thoughts."""
+
+    def __init__(self, tokenizer: Tokenizer, job: Job, index: int, raw: bool):
+        self.tokenizer, self.request = tokenizer, job.requests[index]
+        self.transcript = Transcript(tokenizer, job.ids, job.sampling.stop, self.request.stops, thoughts=not raw)
+        self.count = 0
+        self.finish_reason: str | None = None
+        self._entries: list[tuple[int, float, list[tuple[int, float]]]] = []
+        self._given = 0  # entries that a stream has had
+
+    def take(self, piece: Piece) -> tuple[str, str]:
+        """What is new of (thought, text)."""
+        reasoning = text = ""
+        if self.transcript.stopped is None:
+            used = len(piece.ids)
+            for i, token in enumerate(piece.ids):  # tokens after a stop string do not count
+                more = self.transcript.feed([token])
+                reasoning, text = reasoning + more[0], text + more[1]
+                if self.transcript.stopped is not None:
+                    used = i + 1
+                    break
+            top = piece.top_logprobs or [[]] * len(piece.ids)
+            self._entries += list(zip(piece.ids, piece.logprobs, top, strict=False))[:used]
+            self.count += used
+        if piece.finish_reason is not None:
+            self.finish_reason = "stop" if self.transcript.stopped is not None else piece.finish_reason
+            more = self.transcript.finish()
+            reasoning, text = reasoning + more[0], text + more[1]
+        return reasoning, text
+
+    def entries(self) -> list[tuple[int, float, list[tuple[int, float]]]]:
+        """Of all tokens: id, log-probability, alternatives."""
+        return self._entries
+
+    def chat_logprobs(self, fresh: bool = False) -> dict[str, Any]:
+        """For the text's tokens `content`, for the thought's `reasoning_content`. fresh: only what this has not given before, of what is
+        settled by now."""
+        t = self.transcript
+        start, border = (self._given if fresh else 0), t.reasoning_tokens
+        end = start if fresh and t.undecided else len(self._entries)
+        self._given = end
+        ends = self.request.stops
+        shown = [(i, _token_logprob(self.tokenizer, *e)) for i, e in enumerate(self._entries[start:end], start) if e[0] not in ends]
+        thought = [e for i, e in shown if i < border]
+        return {"content": [e for i, e in shown if i >= border]} | ({"reasoning_content": thought} if thought else {})
+
+
+def _token_logprob(tokenizer: Tokenizer, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        piece = tokenizer.piece(token)
+        return {"token": piece.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(piece)}
+
+    return {**one(token, logprob), "top_logprobs": [one(*t) for t in top]}
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, entries: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]], offset: int = 0
+) -> tuple[dict[str, Any], int]:
+    """The older format, four lists with an entry a token, and the offset of what comes next. A token that is no whole character is written "bytes:\\xe6"."""
+
+    def name(token: int) -> str:
+        piece = tokenizer.piece(token)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in piece)
+
+    found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token, logprob, top in entries:
+        found["tokens"].append(name(token))
+        found["token_logprobs"].append(None if logprob is None else finite(logprob))
+        told = {name(t): finite(p) for t, p in top}
+        found["top_logprobs"].append(None if logprob is None else told | {name(token): finite(logprob)})
+        found["text_offset"].append(offset)
+        offset += len(tokenizer.piece(token).decode("utf-8", "replace"))
+    return found, offset
+
+
+class Answers:
+    """What routes and chat page ask for. model: the id."""
+
+    def __init__(self, service: Service, options: Options):
+        self.service, self.options, self.model = service, options, options.name
+        self.created = int(time.time())
+        self._reading = asyncio.Semaphore(READERS)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer: Tokenizer = self.service.engine.tokenizer
+        return tokenizer
+
+    @property
+    def context(self) -> int:
+        return int(self.service.engine.model.config.max_position_embeddings)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        config = repr(self.service.engine.model.config)
+        return "fp_" + hashlib.sha256(f"{VERSION} {self.model} {config}".encode()).hexdigest()[:12]
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.model):
+            raise ApiError(404, f"There is no model '{name[:200] if name else ''}' here, only '{self.model}'.", "model", "model_not_found")
+
+    async def off_loop(self, work: Callable[..., T], *args: Any) -> T:
+        """Run what takes its time in a thread, so that streams go on; a few at once."""
+        async with self._reading:
+            return await asyncio.to_thread(work, *args)
+
+    # ---- requests to jobs --------------------------------------------------------------------------------------------
+
+    async def chat(self, body: ChatRequest, salt: str) -> list[Job]:
+        """The job of a chat (one, in a list)."""
+        self.check_model(body.model)
+        self.service.check_room(body.n or 1, 0)
+        ids = await self.off_loop(self.chat_prompt, body)
+        wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        top = body.top_logprobs or 0
+        return await self.service.submit([ids], [self.sampling(body, ids, wanted, None, "messages", top_logprobs=top)], salt)
+
+    def chat_prompt(self, body: ChatRequest) -> list[int]:
+        if len(body.messages) > self.options.max_messages:
+            raise ApiError(400, f"messages: {len(body.messages)} are more than the limit of {self.options.max_messages}.", "messages")
+        return self.tokenizer.prompt_ids([message.plain() for message in body.messages], thinking=body.thinks)
+
+    async def completion(self, body: CompletionRequest, salt: str) -> list[Job]:
+        """The jobs of a completion, one a prompt."""
+        self.check_model(body.model)
+        self.service.check_room(len(body.prompts) * (body.n or 1), 0)
+        prompts = await self.off_loop(lambda: [self.prompt_ids(prompt) for prompt in body.prompts])
+        wanted = 16 if body.max_tokens is None else body.max_tokens
+        more = {"top_logprobs": body.logprobs or 0, "prompt_logprobs": bool(body.echo) and (body.logprobs is not None or wanted == 0)}
+        samplings = [self.sampling(body, ids, wanted, i, "prompt", **more) for i, ids in enumerate(prompts)]
+        return await self.service.submit(prompts, samplings, salt)
+
+    def prompt_ids(self, prompt: str | list[int], begin: bool = True) -> list[int]:
+        """Ids of a raw prompt; special tokens in it are parsed, and what a document begins with is put before it."""
+        if not isinstance(prompt, str):
+            vocabulary = self.service.engine.model.config.vocab_size
+            if max(prompt) >= vocabulary:
+                raise ApiError(400, f"prompt: token id {max(prompt)} is not in the vocabulary of {vocabulary}.", "prompt")
+            return prompt
+        ids = self.tokenizer.encode(prompt, special=True)
+        prefix = self.tokenizer.prefix if begin else []
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+    def sampling(self, body: Generation, ids: list[int], wanted: int | None, number: int | None, param: str, **more: Any) -> Sampling:
+        """How to answer a prompt of these ids. number: of the prompt, if there may be several. ApiError 400 for what does not fit."""
+        o, vocabulary = self.options, self.service.engine.model.config.vocab_size
+        room = self.context - len(ids)
+        most = min(room, o.max_tokens) if o.max_tokens else room
+        for good, message, where, code in (
+            (ids, "The prompt is empty.", param, None),
+            (not o.max_prompt_tokens or len(ids) <= o.max_prompt_tokens,
+             f"The prompt has {len(ids)} tokens, more than the limit of {o.max_prompt_tokens}.", param, "context_length_exceeded"),
+            (room >= min(1, 1 if wanted is None else wanted),
+             f"The prompt has {len(ids)} tokens and leaves no room in the context of {self.context}.", param, "context_length_exceeded"),
+            ((body.n or 1) <= o.max_n, f"n = {body.n} is more than the limit of {o.max_n}.", "n", None),
+            (not o.max_tokens or (wanted or 0) <= o.max_tokens, f"max_tokens = {wanted} is more than the limit of {o.max_tokens}.",
+             "max_tokens", None),
+            (wanted is None or (body.min_tokens or 0) <= wanted, "min_tokens is more than max_tokens.", "min_tokens", None),
+            (all(int(key) < vocabulary for key in body.logit_bias or ()),
+             f"logit_bias names a token that is not in the vocabulary of {vocabulary}.", "logit_bias", None),
+            (all(token < vocabulary for token in body.stop_token_ids or ()),
+             f"stop_token_ids names a token that is not in the vocabulary of {vocabulary}.", "stop_token_ids", None),
+        ):  # fmt: skip
+            if not good:
+                raise ApiError(400, message, where, code)
+        given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+        seed = secrets.randbits(63) if body.seed is None else (body.seed + (number or 0)) % (1 << 64)
+        return Sampling(
+            **given,
+            **more,
+            max_tokens=most if wanted is None else min(wanted, most),
+            top_k=max(body.top_k or 0, 0),
+            seed=seed,
+            stop=body.stops,
+            stop_ids=tuple(body.stop_token_ids or ()),
+            logit_bias=tuple((int(key), value) for key, value in (body.logit_bias or {}).items()),
+        )
+
+    # ---- jobs to answers ---------------------------------------------------------------------------------------------
+
+    def voices(self, jobs: Sequence[Job], raw: bool) -> list[list[Voice]]:
+        return [[Voice(self.tokenizer, job, i, raw) for i in range(job.sampling.n)] for job in jobs]
+
+    async def said(self, jobs: Sequence[Job], voices: list[list[Voice]]) -> AsyncGenerator[tuple[int, Voice, str, str] | None, None]:
+        """(index of the choice, its voice, new thought, new text) as they come; None: nothing for a while."""
+        n = jobs[0].sampling.n
+        async for found in self.service.pieces(jobs):
+            if found is None:
+                yield None
+                continue
+            prompt, piece = found
+            voice = voices[prompt][piece.index]
+            before = voice.transcript.stopped
+            reasoning, text = voice.take(piece)
+            if voice.transcript.stopped is not None and before is None and piece.finish_reason is None:
+                self.service.cut(jobs[prompt], piece.index)
+            yield prompt * n + piece.index, voice, reasoning, text
+
+    def usage(self, jobs: Sequence[Job], voices: list[list[Voice]]) -> dict[str, Any]:
+        prompt = sum(len(job.ids) for job in jobs)
+        said = sum(voice.count for group in voices for voice in group)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": said,
+            "total_tokens": prompt + said,
+            "prompt_tokens_details": {"cached_tokens": sum(job.requests[0].cached_tokens for job in jobs)},
+            "completion_tokens_details": {"reasoning_tokens": sum(v.transcript.reasoning_tokens for group in voices for v in group)},
+        }
+
+    def head(self, kind: str, name: str) -> dict[str, Any]:
+        fixed = {"object": name, "created": int(time.time()), "model": self.model, "system_fingerprint": self.fingerprint}
+        return {"id": f"{kind}-{secrets.token_hex(12)}", **fixed}
+
+    async def whole_chat(self, body: ChatRequest, jobs: list[Job]) -> dict[str, Any]:
+        voices = self.voices(jobs, raw=False)
+        async for _ in self.said(jobs, voices):
+            pass
+        choices = []
+        for i, voice in enumerate(voices[0]):
+            thought = voice.transcript.reasoning
+            message = {"role": "assistant", "content": voice.transcript.text} | ({} if thought is None else {"reasoning_content": thought})
+            logprobs = voice.chat_logprobs() if body.logprobs else None
+            choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": voice.finish_reason})
+        return {**self.head("chatcmpl", "chat.completion"), "choices": choices, "usage": self.usage(jobs, voices)}
+
+    async def streamed_chat(self, body: ChatRequest, jobs: list[Job]) -> AsyncGenerator[bytes, None]:
+        """Server-sent events: the role, then thought and text, then the finish reason, for each choice; the usage if asked for."""
+        voices = self.voices(jobs, raw=False)
+        head = self.head("chatcmpl", "chat.completion.chunk")
+        usage = {"usage": None} if body.with_usage else {}
+
+        def chunk(index: int, delta: dict[str, str], reason: str | None = None, logprobs: Any = None) -> bytes:
+            return event({**head, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}], **usage})
+
+        for i in range(len(voices[0])):
+            yield chunk(i, {"role": "assistant", "content": ""})
+        async for found in self.said(jobs, voices):
+            if found is None:
+                yield PING
+                continue
+            index, voice, *said = found
+            pieces = [{key: piece} for key, piece in zip(("reasoning_content", "content"), said, strict=True) if piece]
+            for delta in pieces:
+                own = voice.chat_logprobs(fresh=True) if body.logprobs and delta is pieces[-1] else None
+                yield chunk(index, delta, logprobs=own)
+            if voice.finish_reason is not None:
+                rest = voice.chat_logprobs(fresh=True) if body.logprobs else None
+                yield chunk(index, {}, voice.finish_reason, rest if rest and any(rest.values()) else None)
+        if body.with_usage:
+            yield event({**head, "choices": [], "usage": self.usage(jobs, voices)})
+        yield DONE
+
+    def _echo(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, special=True)
+
+    def _prompt_entries(self, voice: Voice) -> list[tuple[int, float | None, list[tuple[int, float]]]]:
+        request = voice.request
+        top = request.prompt_top or [[]] * len(request.prompt)
+        return list(zip(request.prompt, request.prompt_logprobs, top, strict=False))
+
+    async def whole_completion(self, body: CompletionRequest, jobs: list[Job]) -> dict[str, Any]:
+        voices = self.voices(jobs, raw=True)
+        async for _ in self.said(jobs, voices):
+            pass
+        choices: list[dict[str, Any]] = []
+        for prompt, group in zip(body.prompts, voices, strict=True):
+            for voice in group:
+                text = (self._echo(prompt) if body.echo else "") + voice.transcript.text
+                logprobs = None
+                if body.logprobs is not None:
+                    before = self._prompt_entries(voice) if body.echo else []
+                    logprobs, _ = completion_logprobs(self.tokenizer, [*before, *voice.entries()])
+                choices.append({"index": len(choices), "text": text, "logprobs": logprobs, "finish_reason": voice.finish_reason})
+        return {**self.head("cmpl", "text_completion"), "choices": choices, "usage": self.usage(jobs, voices)}
+
+    async def streamed_completion(self, body: CompletionRequest, jobs: list[Job]) -> AsyncGenerator[bytes, None]:
+        voices = self.voices(jobs, raw=True)
+        head = self.head("cmpl", "text_completion")
+        usage = {"usage": None} if body.with_usage else {}
+        n = jobs[0].sampling.n
+        given = [0] * (n * len(jobs))  # entries of logprobs
+        offsets = [0] * (n * len(jobs))
+        echoed = [not body.echo] * (n * len(jobs))
+        async for found in self.said(jobs, voices):
+            if found is None:
+                yield PING
+                continue
+            index, voice, _, text = found
+            before: list[Any] = []
+            if not echoed[index]:
+                text, echoed[index] = self._echo(body.prompts[index // n]) + text, True
+                before = self._prompt_entries(voice) if body.logprobs is not None else []
+            if not text and voice.finish_reason is None:
+                continue
+            logprobs = None
+            if body.logprobs is not None:
+                fresh = voice.entries()[given[index] :]
+                given[index] += len(fresh)
+                logprobs, offsets[index] = completion_logprobs(self.tokenizer, [*before, *fresh], offsets[index])
+            choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": voice.finish_reason}
+            yield event({**head, "choices": [choice], **usage})
+        if body.with_usage:
+            yield event({**head, "choices": [], "usage": self.usage(jobs, voices)})
+        yield DONE
+
+    # ---- for the page ------------------------------------------------------------------------------------------------
+
+    async def stream_chat(self, messages: list[dict[str, str]], **settings: Any) -> AsyncGenerator[tuple[str, Any], None]:
+        """An answer in this process: ("reasoning", piece), ("content", piece), ..., ("end", usage), in this order.
+
+        messages: {"role", "content"} each. settings: any field of ChatRequest but n, stream and logprobs: temperature, top_p, max_tokens,
+        thinking (bool), max_thinking_tokens (None: no limit), seed, stop, ... usage: the API's, with "finish_reason" ("stop" or "length").
+        Closing the iterator cancels the answer. BadInput for what the client did wrong (a full queue too), ApiError 5xx for the rest.
+        """
+        try:
+            body = ChatRequest.model_validate({"messages": messages, **settings, "n": 1})
+        except ValidationError as error:
+            raise BadInput(describe_validation(error, "chat", ChatRequest.model_fields)) from None
+        jobs: list[Job] = []
+        try:
+            jobs = await self.chat(body, "")
+            voices = self.voices(jobs, raw=False)
+            async for found in self.said(jobs, voices):
+                for kind, piece in zip(("reasoning", "content"), found[2:] if found else (), strict=False):
+                    if piece:
+                        yield kind, piece
+            yield "end", {**self.usage(jobs, voices), "finish_reason": voices[0][0].finish_reason}
+        except ApiError as error:
+            if error.status < 500:
+                raise BadInput(error.message) from None
+            raise
+        finally:
+            for job in jobs:
+                self.service.close(job)
+
+
+def model_card(answers: Answers) -> dict[str, Any]:
+    """What /v1/models says of the model."""
+    known = {"id": answers.model, "object": "model", "created": answers.created, "owned_by": "pascaline"}
+    return {**known, "max_model_len": answers.context}
+
+
+def first_problem(errors: Sequence[Any]) -> ApiError:
+    """The deepest of pydantic's errors, without what the client has sent."""
+    error = max(errors, key=lambda e: len(e["loc"]))
+    names = {"str", "int", "body", "list[TextPart]", "list[str]", "list[int]"}
+    path = [str(part) for part in error["loc"] if str(part) not in names and not str(part).startswith(("list[", "constrained", "function"))]
+    param = ".".join(path)[:200] or None
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "json_invalid":
+        param, message = None, "The body is not valid JSON."
+    return ApiError(400, f"{param}: {message}" if param else message, param)
+
