@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 
 def talk(model: Path, temperature: float, top_p: float, max_tokens: int, seed: int, history: bool, device: str) -> None:
     """Read lines from standard input until its end and answer each; thoughts dimmed, streamed as they come."""
-    _refuse(model)
+    refuse(model)
     from pascaline.engine import Engine, Sampling
 
     sampling = Sampling(temperature, top_p, max_tokens)
@@ -49,7 +49,7 @@ def talk(model: Path, temperature: float, top_p: float, max_tokens: int, seed: i
         seed += 1  # the same question again gets another answer
 
 
-def _refuse(model: Path) -> None:
+def refuse(model: Path) -> None:
     """Say what is wrong with the folder before torch is imported."""
     if not (model / "config.json").is_file():
         inside = (model / "model" / "config.json").is_file()

@@ -89,6 +89,51 @@ def chat(
 
 
 @app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="a model folder, e.g. runs/demo/model")],
+    host: Annotated[str, typer.Option(help="0.0.0.0: reachable from other machines")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one")] = 8000,
+    name: Annotated[str | None, typer.Option(help="the model's id (default: from its folder)")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="keys that clients need, one a line")] = None,
+    max_rows: Annotated[int, typer.Option(help="answers computed at once", min=1)] = 256,
+    max_batch_tokens: Annotated[int, typer.Option(help="tokens of one step", min=1)] = 2048,
+    cache_memory: Annotated[str | None, typer.Option(help="of the cache, e.g. 2GiB (default: at most a quarter of what is free)")] = None,
+    max_queue: Annotated[int, typer.Option(help="answers that may wait; more are refused (429)", min=1)] = 1024,
+    max_queue_tokens: Annotated[int, typer.Option(help="prompt tokens that may wait", min=1)] = 1 << 20,
+    max_prompt_tokens: Annotated[int, typer.Option(help="of a request; 0: what the context allows", min=0)] = 0,
+    max_tokens: Annotated[int, typer.Option(help="of an answer; 0: what the context allows", min=0)] = 0,
+    max_n: Annotated[int, typer.Option(help="answers of a prompt", min=1, max=128)] = 64,
+    max_messages: Annotated[int, typer.Option(help="of a conversation", min=1)] = 1024,
+    max_body: Annotated[str, typer.Option(help="of a request's body")] = "4MiB",
+    rate: Annotated[float, typer.Option(help="requests a minute of a key; 0: no limit", min=0)] = 0.0,
+    concurrency: Annotated[int, typer.Option(help="requests at once of a key; 0: no limit", min=0)] = 0,
+    price_per_hour: Annotated[float, typer.Option(help="of the machine; the metrics then tell what tokens cost", min=0)] = 0.0,
+    drain_seconds: Annotated[float, typer.Option(help="that running answers have when the server is stopped", min=0)] = 30.0,
+    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="the chat page at /, if gradio is installed")] = True,
+) -> None:
+    """Serve a model with the OpenAI API and a chat page. Stop it with Ctrl-C: running answers end first."""
+    from pascaline.chat import refuse
+    from pascaline.serve.options import Options, default_name, read_size
+
+    refuse(model)
+    if dtype not in ("float32", "bfloat16"):
+        raise BadInput(f"--dtype {dtype} is not known, only float32 and bfloat16.")
+    options = Options(
+        name=name or default_name(model), host=host, port=port, api_key_file=api_key_file, max_queue=max_queue,
+        max_queue_tokens=max_queue_tokens, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, max_n=max_n,
+        max_messages=max_messages, max_body=read_size(max_body), rate=rate, concurrency=concurrency, price_per_hour=price_per_hour,
+        drain_seconds=drain_seconds, ui=ui,
+    )  # fmt: skip
+    memory = None if cache_memory is None else read_size(cache_memory)
+    from pascaline.serve.server import engine_of
+    from pascaline.serve.server import serve as run_server
+
+    run_server(engine_of(model, device, dtype, max_rows, memory, max_batch_tokens), options)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="a run's folder")],
     price: Annotated[float | None, typer.Option(help="of a device-hour, instead of the recipe's", min=0)] = None,

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-
 from pascaline.engine import Sampling
 from pascaline.engine.transcript import Transcript
 from pascaline.errors import BadInput, describe_validation
@@ -92,7 +91,8 @@ def _token_logprob(tokenizer: Tokenizer, token: int, logprob: float, top: Sequen
 def completion_logprobs(
     tokenizer: Tokenizer, entries: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]], offset: int = 0
 ) -> tuple[dict[str, Any], int]:
-    """The older format, four lists with an entry a token, and the offset of what comes next. A token that is no whole character is written "bytes:\\xe6"."""
+    """The older format, four lists with an entry a token, and the offset of what comes next. A token that is no whole character is
+    written "bytes:\\xe6"."""
 
     def name(token: int) -> str:
         piece = tokenizer.piece(token)
@@ -389,4 +389,3 @@ def first_problem(errors: Sequence[Any]) -> ApiError:
     if error["type"] == "json_invalid":
         param, message = None, "The body is not valid JSON."
     return ApiError(400, f"{param}: {message}" if param else message, param)
-

@@ -10,7 +10,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-
 from pascaline.errors import BadInput
 from pascaline.serve import schema
 from pascaline.serve.answers import Answers, first_problem, model_card
@@ -62,7 +61,9 @@ def app(engine: Any, options: Options | None = None, page: Callable[[FastAPI, An
             service.stop()
             await service.join()
 
-    made = FastAPI(title="Pascaline", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None, separate_input_output_schemas=False)
+    made = FastAPI(
+        title="Pascaline", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None, separate_input_output_schemas=False
+    )
     made.state.service, made.state.answers, made.state.telemetry = service, answers, telemetry
     made.add_middleware(Guard, options=options)
     _errors(made)
@@ -176,5 +177,3 @@ def _operation(made: FastAPI, service: Service, answers: Answers, telemetry: Tel
     async def metrics() -> Response:
         """Counters, gauges and histograms."""
         return Response(telemetry.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-

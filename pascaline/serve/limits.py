@@ -125,7 +125,7 @@ class Guard:
                        headers={"www-authenticate": "Bearer"})  # fmt: skip
 
     async def _whole_body(self, scope: Scope, receive: Receive) -> Receive:
-        """The body is read here, up to its limit and within its time; then a `receive` that gives it again and goes on with the client's."""
+        """Read the body, up to its limit and within its time; returns a `receive` that gives it again and goes on with the client's."""
         most = self.options.max_body
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         too_large = ApiError(413, f"The request's body is larger than {most} bytes.", code="body_too_large")

@@ -9,15 +9,26 @@ from pascaline.runs import versions
 
 VERSION = versions()["pascaline"] or "unknown"
 
-_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """name: the model's id. max_queue, max_queue_tokens: answers and prompt tokens that wait. max_prompt_tokens, max_tokens: of one request,
-    0: what the context allows. max_n: answers of one request; max_body, max_headers: bytes. rate: requests a minute, concurrency: requests
+    """name: the model's id. max_queue, max_queue_tokens: answers and prompt tokens that wait. max_prompt_tokens, max_tokens: of a request,
+    0: what the context allows. max_n: answers of a prompt; max_body, max_headers: bytes. rate: requests a minute, concurrency: requests
     at once, both of one key (or of all clients where there are no keys), 0: no limit. price_per_hour: of the machine, in any currency.
-    ping_seconds: a stream that has nothing to say sends a comment so often."""
+    ping_seconds: a stream that has nothing to say sends a comment so often. body_seconds: in which a body must arrive."""
 
     name: str = "model"
     host: str = "127.0.0.1"

@@ -24,13 +24,21 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class ApiError(Exception):
     """An answer that is an error object (docs/serving.md)."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None):
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
+    ):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, dict(headers or {})
 
     @property
     def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
+        kinds = {
+            401: "authentication_error",
+            403: "permission_error",
+            404: "not_found_error",
+            429: "rate_limit_error",
+            503: "unavailable_error",
+        }
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -166,8 +174,10 @@ class CompletionRequest(Generation):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return list(self.prompt) if several else [self.prompt]  # type: ignore[list-item]
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        found: list[Any] = self.prompt
+        return [found] if isinstance(found[0], int) else found
 
 
 class TokenizeRequest(Request):

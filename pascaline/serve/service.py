@@ -103,7 +103,9 @@ class Service:
     def check_room(self, answers: int, tokens: int) -> None:
         """ApiError 429 if the queue has no room for so many answers to prompts of so many tokens, 503 if nothing is taken any more."""
         if not self.ready:
-            raise ApiError(503, "The server is shutting down." if self.draining else "The model is being loaded.", headers={"retry-after": "5"})
+            raise ApiError(
+                503, "The server is shutting down." if self.draining else "The model is being loaded.", headers={"retry-after": "5"}
+            )
         for what, now, more, most in (
             ("answers wait", self.waiting, answers, self.options.max_queue),
             ("prompt tokens wait", self.waiting_tokens, tokens, self.options.max_queue_tokens),
@@ -140,7 +142,7 @@ class Service:
             sources = []
         else:
             sources = [asyncio.create_task(_forward(i, job, merged)) for i, job in enumerate(jobs)]
-        left = sum(job.left for job in jobs)
+        left = sum(job.sampling.n for job in jobs)
         try:
             while left:
                 try:
@@ -226,10 +228,11 @@ class Service:
             elif job is not None and kind == "cancel":
                 self._unstarted.discard(job)
                 for request in job.requests:
-                    if self._live.pop(id(request), None):
+                    if self._live.pop(id(request), None) is not None:
                         self._cancel(request)
                         self.telemetry.finished(request, "abort")
-            elif job is not None and kind == "cut" and self._live.pop(id(job.requests[index]), None):
+            elif job is not None and kind == "cut" and id(job.requests[index]) in self._live:
+                del self._live[id(job.requests[index])]
                 self._cancel(job.requests[index])
                 self.telemetry.finished(job.requests[index], "stop")
                 self._post([(job, Piece(index, [], [], [], "stop"))])

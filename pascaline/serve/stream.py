@@ -47,8 +47,8 @@ def event(value: Mapping[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Server-sent events from `events` (bytes, each whole). `close` is called at the end, also if the client is gone before it began. An error in the middle is an event
-    with an error object, and the end."""
+    """Server-sent events from `events` (bytes, each whole). `close` is called at the end, also if the client is gone before they began.
+    An error in the middle is an event with an error object, and the end."""
 
     media_type = "text/event-stream"
 

@@ -15,7 +15,31 @@ WINDOW = 300.0  # seconds over which a token's price is taken
 REASONS = ("stop", "length", "abort", "error")
 TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
 TPOT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-LATENCY = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0)
+LATENCY = (
+    0.01,
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+    960.0,
+    1920.0,
+)
 STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 # Counters of engine.stats: name, its attribute, and what it is.
@@ -34,7 +58,7 @@ STATS = (
 
 
 class Telemetry:
-    """stepped and finished are called by the engine's thread, the rest by the event loop; `stats` gives the engine's (None while it loads)."""
+    """The engine's thread calls stepped and finished, the event loop the rest; `stats` gives the engine's, None while it loads."""
 
     def __init__(self, model: str, price_per_hour: float, stats: Callable[[], Any]):
         self.model, self.stats = model, stats
@@ -59,7 +83,7 @@ class Telemetry:
         success = Counter("vllm:request_success", "Answers that ended, by why.", ["model_name", "finished_reason"], registry=self.registry)
         self.success = {reason: success.labels(model, reason) for reason in REASONS}
         self.prompt_tokens = 0
-        self.registry.register(self)  # type: ignore[arg-type]
+        self.registry.register(self)
 
     def stepped(self, seconds: float, prefilled: int, generated: int) -> None:
         """A step of so many seconds computed so many prompt tokens and answered so many."""

@@ -1,14 +1,20 @@
-"""A scripted engine with the face that the server uses: it says what it is told to, can be slow, break, and counts what it holds."""
+"""A client of a server in this process, and a scripted engine: it says what it is told to, can be slow, break, and counts what it holds."""
 
+import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
+
+import httpx
 
 from pascaline.engine import Sampling
 from pascaline.engine.transcript import Transcript
 from pascaline.errors import BadInput
+from pascaline.serve.api import app
+from pascaline.serve.options import Options
 from pascaline.tokenizer import Tokenizer, train
 
 CONTEXT = 4096
@@ -48,8 +54,8 @@ class FakeEngine:
         self.rows, self.delay, self.logprob = rows, delay, logprob
         config = SimpleNamespace(max_position_embeddings=CONTEXT, vocab_size=self.tokenizer.vocab_size, eos_token_id=self.tokenizer.end)
         self.model = SimpleNamespace(config=config, device="cpu")
-        names = "steps prefilled generated prefix_queries prefix_hits preemptions drafts draft_tokens accepted_tokens running waiting blocks_used"
-        self.stats = SimpleNamespace(**dict.fromkeys(names.split(), 0), blocks=1000, step_seconds=0.0)
+        names = "steps prefilled generated prefix_queries prefix_hits preemptions drafts draft_tokens accepted_tokens running waiting"
+        self.stats = SimpleNamespace(**dict.fromkeys(names.split(), 0), blocks=1000, blocks_used=0, step_seconds=0.0)
         self.capacity = 16000
         self.waiting: list[FakeRequest] = []
         self.running: list[FakeRequest] = []
@@ -153,3 +159,16 @@ class FakeEngine:
 def requests_of(engine: FakeEngine) -> list[dict[str, Any]]:
     """The samplings that the engine was asked for."""
     return [dataclasses.asdict(r.sampling) for r in engine.added]
+
+
+@asynccontextmanager
+async def connected(engine: Any, headers: dict[str, str] | None = None, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an app that is ready; `client.app` is it."""
+    made = app(engine, Options(**options))
+    async with made.router.lifespan_context(made):
+        while not made.state.service.ready:
+            await asyncio.sleep(0.001)
+        transport = httpx.ASGITransport(made, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers, timeout=60) as client:
+            client.app = made
+            yield client
