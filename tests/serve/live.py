@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
-
 from pascaline.serve.api import app
 from pascaline.serve.options import Options
+from pascaline.serve.server import Server
 
 
 @dataclass
@@ -46,16 +45,18 @@ def eventually(true: Callable[[], Any], seconds: float = 10.0) -> bool:
 
 @contextlib.contextmanager
 def served(engine: Any, **options: Any) -> Iterator[Live]:
-    """Serve `engine` in a thread, with uvicorn, until the block ends."""
-    made = app(engine, Options(**{"name": "tiny", **options}))
+    """Serve `engine` as `pascaline serve` does, but in a thread, until the block ends."""
+    told = Options(**{"name": "tiny", "ui": False, **options})
+    made = app(engine, told)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(made, log_config=None, timeout_graceful_shutdown=5))
+        listening.listen(2048)
+        port = listening.getsockname()[1]
+        server = Server(made, told, port, lambda _: None)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
         thread.start()
         try:
             assert eventually(lambda: server.started and made.state.service.ready, 30)
-            port = listening.getsockname()[1]
             yield Live(f"http://127.0.0.1:{port}", port, made.state.service.engine, made.state.service)
         finally:
             server.should_exit = True
