@@ -5,14 +5,15 @@ Shapes: L layers, C numbers a token, n tokens of a step, r rows (requests), W bl
 S positions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pascaline.engine.blocks import BLOCK
+from pascaline.model.attention import Part
 from pascaline.model.config import ModelConfig
 
 MASK = 1 << 22  # numbers in the mask of a part with more than one row
@@ -23,15 +24,24 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype, layers: int | None 
     return (layers or config.num_hidden_layers) * config.cache_width * dtype.itemsize
 
 
-@dataclass
-class Part:
-    """Rows that attend together, with about as many new tokens each; all of one step's in the plain PyTorch form."""
+def batch_width(tokens: int) -> int:
+    """Tokens to compute for so many real ones: a power of two up to 32, then a multiple of 32.
 
-    blocks: Tensor  # [P, W]
-    take_PT: Tensor | None  # which of the step's tokens; padding takes any. None: all of the step's, in order, T = 1
-    put: Tensor | None  # of the flattened P * T results those that count ...
-    to: Tensor | None  # ... and which tokens they belong to
-    mask_PTS: Tensor  # to add to scores
+    Matmul kernels are made for a shape at its first use (a tenth of a second a decode step in bf16 on the CPU), and a shrinking batch
+    would bring a new shape every step.
+    """
+    return 1 << (tokens - 1).bit_length() if tokens <= 32 else -(-tokens // 32) * 32
+
+
+@contextmanager
+def one_row_kernels(rows: int) -> Iterator[None]:
+    """For one row PyTorch's own matrix-vector product: oneDNN, its first choice for bf16 on the CPU, repacks the weights every time."""
+    before = bool(torch.backends.mkldnn.enabled)
+    torch.backends.mkldnn.enabled = before and rows > 1  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before  # type: ignore[assignment]
 
 
 class Batch:
@@ -56,8 +66,8 @@ class Batch:
 
     def entries(self, layer: int, part: Part) -> Tensor:
         """All entries of a part's rows, [P, S, C]."""
-        P, W = part.blocks.shape
-        return self.pool[layer].index_select(0, part.blocks.reshape(-1)).view(P, W * BLOCK, -1)
+        P, W = part.blocks_PW.shape
+        return self.pool[layer].index_select(0, part.blocks_PW.reshape(-1)).view(P, W * BLOCK, -1)
 
     @property
     def parts(self) -> list[Part]:
@@ -88,4 +98,5 @@ class Batch:
         take_PT = np.where(real_PT, self.offsets[rows, None] + step_T, 0)
         put = np.flatnonzero(real_PT)
         blocks = self.tables_rW[torch.from_numpy(rows).to(there), :W]
-        return Part(blocks, *(torch.from_numpy(a).to(there) for a in (take_PT, put, take_PT.reshape(-1)[put])), mask)
+        take, place, to = (torch.from_numpy(a).to(there) for a in (take_PT, put, take_PT.reshape(-1)[put]))
+        return Part(blocks, take, place, to, mask)

@@ -5,10 +5,8 @@ The engine calls the trainer's own modules with the weights in memory, so an upd
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +15,16 @@ from torch import Tensor
 from pascaline.device import choose, free_memory
 from pascaline.engine import cache
 from pascaline.engine.blocks import BLOCK, Blocks
-from pascaline.engine.cache import Batch
+from pascaline.engine.cache import Batch, batch_width, one_row_kernels
+from pascaline.engine.intake import Intake, Prompt
 from pascaline.engine.request import Output, Request, Top
-from pascaline.engine.sampler import Sampling, mix, sample
+from pascaline.engine.sampler import Sampling, sample
 from pascaline.engine.scheduler import Scheduler
 from pascaline.engine.speculate import Speculation
-from pascaline.engine.transcript import Transcript
 from pascaline.errors import BadInput
 from pascaline.model import hf
 from pascaline.model.transformer import Model
-from pascaline.tokenizer import UNTHINK, Tokenizer
-
-Prompt = str | list[int] | list[dict[str, Any]]  # a user's message, token ids, or a whole conversation
+from pascaline.tokenizer import Tokenizer
 
 
 @dataclass
@@ -49,26 +45,6 @@ class Stats:
     blocks: int = 0
     blocks_used: int = 0
     step_seconds: float = 0.0
-
-
-def batch_width(tokens: int) -> int:
-    """Tokens to compute for so many real ones: a power of two up to 32, then a multiple of 32.
-
-    Matmul kernels are made for a shape at its first use (a tenth of a second a decode step in bf16 on the CPU), and a shrinking batch
-    would bring a new shape every step.
-    """
-    return 1 << (tokens - 1).bit_length() if tokens <= 32 else -(-tokens // 32) * 32
-
-
-@contextmanager
-def one_row_kernels(rows: int) -> Iterator[None]:
-    """For one row PyTorch's own matrix-vector product: oneDNN, its first choice for bf16 on the CPU, repacks the weights every time."""
-    before = bool(torch.backends.mkldnn.enabled)
-    torch.backends.mkldnn.enabled = before and rows > 1  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before  # type: ignore[assignment]
 
 
 class Engine:
@@ -100,9 +76,9 @@ class Engine:
         self.speculation = Speculation(model) if speculate and model.config.num_nextn_predict_layers else None
         self.stats = Stats()
         self.paused = False
-        self._closing = [] if tokenizer is None else tokenizer.encode(UNTHINK, special=True)
         self._pool: Tensor | None = None
         self._blocks = Blocks(self._total_blocks(cache_memory))
+        self._intake = Intake(model.config, tokenizer, self.capacity, self.bytes_per_token())
         self.scheduler = Scheduler(self._blocks, self.max_rows, max_batch_tokens, prefix_reuse)
         self._weights = self._fingerprint()
 
@@ -114,7 +90,7 @@ class Engine:
         if isinstance(prompts, str):
             raise BadInput("generate takes a list of prompts; put this one in brackets.")
         self._look_at_weights()
-        groups = [self._requests(prompt, sampling or Sampling(), index) for index, prompt in enumerate(prompts)]
+        groups = [self._intake.requests(prompt, sampling or Sampling(), index) for index, prompt in enumerate(prompts)]
         for group in groups:
             self.scheduler.add(group)
         mine = [request for group in groups for request in group]
@@ -129,7 +105,7 @@ class Engine:
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[int]:
         """Token ids of one answer as they come."""
         self._look_at_weights()
-        (request,) = self._requests(prompt, sampling or Sampling(), 0)[:1]
+        (request,) = self._intake.requests(prompt, sampling or Sampling(), 0)[:1]
         self.scheduler.add([request])
         sent = 0
         try:
@@ -144,7 +120,7 @@ class Engine:
 
     def add(self, prompt: Prompt, sampling: Sampling, salt: str = "") -> list[Request]:
         """Queue the n answers of a prompt. Prefixes are reused among requests of the same salt only. BadInput if it can never fit."""
-        group = self._requests(prompt, sampling, 0, salt)
+        group = self._intake.requests(prompt, sampling, 0, salt)
         self.scheduler.add(group)
         return group
 
@@ -275,7 +251,7 @@ class Engine:
             produced = len(request.token_ids) + guess
             if s.by_history or s.logit_bias or produced < s.min_tokens:
                 adjusted = adjusted.clone() if adjusted is logits else adjusted
-                adjusted[i] = request.adjusted(logits[i], self._closing, produced)
+                adjusted[i] = request.adjusted(logits[i], self._intake.closing, produced)
         seeds = np.array([request.seed for request, _, _ in places], np.uint64)
         positions = np.array([len(request.token_ids) + guess for request, _, guess in places])
         tokens = sample(adjusted, [request.sampling for request, _, _ in places], seeds, positions)
@@ -341,47 +317,7 @@ class Engine:
                 request.prompt_logprobs += log_p.gather(1, torch.tensor(following, device=log_p.device)[:, None])[:, 0].tolist()
                 request.prompt_top += _tops(log_p, request.sampling.top_logprobs)
 
-    # ---- requests ----------------------------------------------------------------------------------------------------
-
-    def _requests(self, prompt: Prompt, sampling: Sampling, index: int, salt: str = "") -> list[Request]:
-        """The n requests of a prompt, each with a seed of its own from (sampling.seed, index of the prompt, 0..n-1)."""
-        ids, c = self._ids(prompt), self.model.config
-        if not 0 < len(ids) < c.max_position_embeddings + (sampling.max_tokens == 0):
-            raise BadInput(f"a prompt of {len(ids)} tokens does not fit: the context allows 1 to {c.max_position_embeddings - 1}.")
-        named = [*ids, *sampling.stop_ids, *(token for token, _ in sampling.logit_bias)]
-        if not 0 <= min(named) <= max(named) < c.vocab_size:
-            raise BadInput(f"token ids from {min(named)} to {max(named)} are given, but the model's vocabulary has {c.vocab_size}.")
-        limit = min(sampling.max_tokens, c.max_position_embeddings - len(ids))
-        if len(ids) + limit > self.capacity:
-            raise BadInput(
-                f"a prompt of {len(ids)} tokens with {limit} to be said can never fit: the cache holds {self.capacity} tokens "
-                f"of {self.bytes_per_token():,} bytes."
-            )
-        key = mix(mix(np.array([sampling.seed], np.uint64)) + np.uint64(index))
-        seeds = mix(key + np.arange(sampling.n, dtype=np.uint64)) >> np.uint64(1)
-        stops = frozenset(self._stop_ids(sampling))
-        group = [Request(ids, sampling, int(seed), i, salt, stops, limit=limit) for i, seed in enumerate(seeds)]
-        for request in group:
-            if self.tokenizer is not None and (sampling.stop or sampling.max_thinking_tokens is not None):
-                request.transcript = Transcript(self.tokenizer, ids, sampling.stop, stops)
-            request.prompt_logprobs, request.prompt_top = group[0].prompt_logprobs, group[0].prompt_top
-        return group
-
-    def _ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, list) and all(isinstance(t, int) for t in prompt):
-            return prompt  # type: ignore[return-value]
-        if self.tokenizer is None:
-            raise BadInput("this engine has no tokenizer: give prompts as token ids.")
-        return self.tokenizer.prompt_ids(prompt)  # type: ignore[arg-type]
-
-    def _stop_ids(self, sampling: Sampling) -> list[int]:
-        if sampling.ignore_eos:
-            return list(sampling.stop_ids)
-        own = self.model.config.eos_token_id
-        ids = [*sampling.stop_ids, *(own if isinstance(own, list) else [] if own is None else [own])]
-        if self.tokenizer is not None and self.tokenizer.template is not None:
-            ids.append(self.tokenizer.end_of_turn)
-        return ids
+    # ---- ends --------------------------------------------------------------------------------------------------------
 
     def _end(self, request: Request, reason: str, error: str | None = None) -> None:
         if request.row >= 0:

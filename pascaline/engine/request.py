@@ -107,7 +107,7 @@ class Request:
             logits[token] += bias
         if produced < s.min_tokens:
             logits[sorted(self.stops)] = -torch.inf
-        token = self.forced(closing)
-        if token is not None:
-            logits.fill_(-torch.inf)[token] = 0.0
+        forced = self.forced(closing)
+        if forced is not None:
+            logits.fill_(-torch.inf)[forced] = 0.0
         return logits

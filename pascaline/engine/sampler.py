@@ -1,8 +1,8 @@
 """From logits to tokens. A token depends on its own logits, seed and position alone, never on its neighbours in the batch.
 
-The draw is a race (the Gumbel-max trick, arXiv 1411.0030): token v arrives after E_v / p_v with E_v ~ Exp(1) from a hash of (seed, position,
-v), and the first one wins. Rounding in another batch moves a token's p by 1e-6 and so changes the winner about once in a million draws,
-however large the vocabulary; and two distributions that are alike, a draft's and the model's, mostly draw the same token.
+The draw is a race (the Gumbel-max trick, arXiv 1411.0030): token v comes after E_v / p_v, with E_v ~ Exp(1) from a hash of (seed,
+position, v), and the first wins. Rounding in another batch moves a token's p by 1e-6 and so changes the winner about once in a million
+draws, however large the vocabulary; and two distributions that are alike, a draft's and the model's, mostly draw the same token.
 
 Shapes: n rows, V vocabulary, M candidates.
 """

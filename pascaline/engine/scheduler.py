@@ -144,10 +144,8 @@ class Scheduler:
 
     def fork(self, request: Request) -> list[Request]:
         """Its prompt is computed: those that wait for it, as far as there are rows, share its blocks; the others queue as a group."""
-        forked, waiting = request.forks, []
-        request.forks = []
-        while forked and len(forked) > len(self.free_rows):
-            waiting.insert(0, forked.pop())
+        seats = len(self.free_rows)
+        forked, waiting, request.forks = request.forks[:seats], request.forks[seats:], []
         for other in forked:
             self.blocks.share(request.blocks)
             other.blocks, other.computed = list(request.blocks), request.computed

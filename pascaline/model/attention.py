@@ -6,6 +6,7 @@ grouped: K heads of keys and values, G queries to each, C numbers a head.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -33,9 +34,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class Part(Protocol):
+@dataclass
+class Part:
     """Rows of a step that attend together: P of them, T new tokens each with padding, among the step's n."""
 
+    blocks_PW: Tensor  # of the cache
     take_PT: Tensor | None  # which of the n tokens; None: all of them, in order, T = 1
     put: Tensor | None  # of the P * T results those that count ...
     to: Tensor | None  # ... and which tokens they belong to
@@ -45,7 +48,8 @@ class Part(Protocol):
 class Cache(Protocol):
     """What attention asks of a cache while it decodes. The batch is then [1, n]: n tokens of several rows, each after earlier ones."""
 
-    parts: Sequence[Part]
+    @property
+    def parts(self) -> Sequence[Part]: ...
 
     def append(self, layer: int, entries_nC: Tensor) -> None:
         """Store the new tokens' entries ([latent | rotary key], or [keys | values])."""
@@ -105,7 +109,7 @@ class LatentAttention(nn.Module):
             cache.append(self.layer, torch.cat((latent, k_rope.squeeze(2)), -1)[0])
 
             def attend_part(part: Part, queries: list[Tensor]) -> Tensor:
-                return self._stored(*queries, cache.entries(self.layer, part), part.mask_PTS)
+                return self._stored(queries[0], queries[1], cache.entries(self.layer, part), part.mask_PTS)
 
             return self.o_proj(by_parts(cache, (q_nope, q_rope), attend_part, c.num_attention_heads * c.v_head_dim))
         assert mask_BTT is not None

@@ -40,6 +40,7 @@ class Rollouts:
         sampling = Sampling(1.0, 1.0, self.rl.max_tokens, self.rl.samples, seed=random.Random(f"sample {self.seed} {step}").getrandbits(48))
         before = self.engine.stats.generated + self.engine.stats.prefilled
         outputs = self.engine.generate([p.prompt for p in problems], sampling)
+        self.engine.release()  # what is cached is the old weights', and the trainer needs the memory
         spent = self.engine.stats.generated + self.engine.stats.prefilled - before
         verdicts = [[verdict(p, o) for o in group] for p, group in zip(problems, outputs, strict=True)]
         right = np.array([[v is Verdict.RIGHT for v in group] for group in verdicts])

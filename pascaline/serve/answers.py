@@ -36,7 +36,7 @@ class Voice:
     """One answer as its pieces arrive. raw: all is text, as completions want it; chats have thoughts."""
 
     def __init__(self, tokenizer: Tokenizer, job: Job, index: int, raw: bool):
-        self.tokenizer, self.request = tokenizer, job.requests[index]
+        self.tokenizer, self.request, self.first = tokenizer, job.requests[index], job.requests[0]
         self.transcript = Transcript(tokenizer, job.ids, job.sampling.stop, self.request.stops, thoughts=not raw)
         self.count = 0
         self.finish_reason: str | None = None
@@ -293,7 +293,7 @@ class Answers:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, special=True)
 
     def _prompt_entries(self, voice: Voice) -> list[tuple[int, float | None, list[tuple[int, float]]]]:
-        request = voice.request
+        request = voice.first
         top = request.prompt_top or [[]] * len(request.prompt)
         return list(zip(request.prompt, request.prompt_logprobs, top, strict=False))
 
@@ -351,6 +351,8 @@ class Answers:
         thinking (bool), max_thinking_tokens (None: no limit), seed, stop, ... usage: the API's, with "finish_reason" ("stop" or "length").
         Closing the iterator cancels the answer. BadInput for what the client did wrong (a full queue too), ApiError 5xx for the rest.
         """
+        if self.options.max_tokens:  # the page has a slider, and does not know the limit
+            settings["max_tokens"] = min(settings.get("max_tokens") or self.options.max_tokens, self.options.max_tokens)
         try:
             body = ChatRequest.model_validate({"messages": messages, **settings, "n": 1})
         except ValidationError as error:
@@ -369,8 +371,7 @@ class Answers:
                 raise BadInput(error.message) from None
             raise
         finally:
-            for job in jobs:
-                self.service.close(job)
+            self.service.close_all(jobs)
 
 
 def model_card(answers: Answers) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,7 +14,7 @@ from starlette.responses import Response
 from pascaline.errors import BadInput
 from pascaline.serve import schema
 from pascaline.serve.answers import Answers, first_problem, model_card
-from pascaline.serve.limits import Guard, dumps
+from pascaline.serve.limits import Guard, Tenant, dumps
 from pascaline.serve.options import VERSION, Options
 from pascaline.serve.schema import ApiError, ChatRequest, CompletionRequest, TokenizeRequest
 from pascaline.serve.service import Service
@@ -65,7 +66,8 @@ def app(engine: Any, options: Options | None = None, page: Callable[[FastAPI, An
         title="Pascaline", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None, separate_input_output_schemas=False
     )
     made.state.service, made.state.answers, made.state.telemetry = service, answers, telemetry
-    made.add_middleware(Guard, options=options)
+    made.state.everybody = Tenant("anonymous", "", options)
+    made.add_middleware(Guard, options=options, everybody=made.state.everybody)
     _errors(made)
     _generation(made, service, answers)
     _operation(made, service, answers, telemetry)
@@ -106,18 +108,13 @@ def _errors(made: FastAPI) -> None:
 
 def _generation(made: FastAPI, service: Service, answers: Answers) -> None:
     async def answered(request: Request, body: Any, submit: Any, streamed: Any, whole: Any) -> Response:
-        jobs = await until_gone(request.receive, submit(body, request.scope["tenant"].salt))
-
-        def close() -> None:
-            for job in jobs:
-                service.close(job)
-
+        jobs = await until_gone(request.receive, submit(body, request.scope["tenant"].salt), service.close_all)
         if body.stream:
-            return EventStream(streamed(body, jobs), close)
+            return EventStream(streamed(body, jobs), partial(service.close_all, jobs))
         try:
             return Json(await until_gone(request.receive, whole(body, jobs)))
         finally:
-            close()
+            service.close_all(jobs)
 
     @made.post("/v1/chat/completions", responses={**ERRORS, 200: {"model": schema.ChatAnswer, "content": {"text/event-stream": {}}}})
     async def chat_completions(request: Request, body: ChatRequest) -> Response:

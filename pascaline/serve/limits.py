@@ -72,11 +72,11 @@ class Tenant:
 class Guard:
     """The outermost ASGI layer. Deny by default: every route but /health needs a key if there are keys."""
 
-    def __init__(self, app: ASGIApp, options: Options):
+    def __init__(self, app: ASGIApp, options: Options, everybody: Tenant):
         self.app, self.options = app, options
         keys = read_keys(options.api_key_file) if options.api_key_file else ()
         self._tenants = {key: Tenant(f"key-{i + 1}", hashlib.sha256(key).hexdigest()[:16], options) for i, key in enumerate(keys)}
-        self._everybody = Tenant("anonymous", "", options)
+        self._everybody = everybody
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -97,6 +97,8 @@ class Guard:
         except ApiError as error:
             await sending.error(error)
         except Exception:
+            if sending.broken:  # the client is gone, which is no failure
+                return
             log.exception("a request failed")
             await sending.error(ApiError(500, "The server failed on this request; its log says why."))
         finally:
@@ -163,12 +165,17 @@ class _Sending:
     def __init__(self, send: Send):
         self._send = send
         self.status = 0
+        self.broken = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
-        await self._send(message)
+        try:
+            await self._send(message)
+        except OSError:
+            self.broken = True
+            raise
 
     async def error(self, error: ApiError) -> None:
         if self.status:  # too late: the connection is closed by the server

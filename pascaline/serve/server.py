@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 LAST_WORDS = 5  # seconds that answers which are cut off have to say so
 
 
-def serve(load: Callable[[], Any], options: Options, told: Callable[[str], None] = print) -> None:
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def serve(load: Callable[[], Any], options: Options, told: Callable[[str], None] = _say) -> None:
     """Serve until SIGTERM or Ctrl-C: then nothing new is taken, and what runs has options.drain_seconds to end.
 
     load: makes the engine; it runs while the server is up already and says 503. BadInput for a port in use, a bad key file, a bad model.

@@ -129,8 +129,7 @@ class Service:
                 if isinstance(taken, Exception):
                     raise taken
         except BaseException:
-            for job in jobs:
-                self.close(job)
+            self.close_all(jobs)
             raise
         return jobs
 
@@ -158,8 +157,7 @@ class Service:
         finally:
             for task in sources:
                 task.cancel()
-            for job in jobs:
-                self.close(job)
+            self.close_all(jobs)
 
     def close(self, job: Job) -> None:
         """Nobody waits for it any more: what still runs is cancelled before the next step."""
@@ -169,6 +167,10 @@ class Service:
             self.jobs.discard(job)
             if job.left:
                 self._inbox.put(("cancel", job, 0))
+
+    def close_all(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self.close(job)
 
     def cut(self, job: Job, index: int) -> None:
         """End one of a job's answers, with the finish reason "stop"."""
@@ -206,13 +208,17 @@ class Service:
             self.failure = error
             return
         while not self._stopping:
-            self._read_inbox()
-            if self._live and self.engine.busy:
-                self._step()
-        for job, request in list(self._live.values()):
-            self._cancel(request)
-            self._post([(job, ApiError(503, "The server is shutting down."))])
-        self._live.clear()
+            try:
+                self._read_inbox()
+                if self._live and self.engine.busy:
+                    self._step()
+            except Exception as error:
+                self._fail(list(self._live.values()), error, ApiError(500, FAILED))
+        while not self._inbox.empty():
+            kind, job, _ = self._inbox.get()
+            if job is not None and kind == "add":
+                self._post([(job, ApiError(503, "The server is shutting down."))])
+        self._fail(list(self._live.values()), None, ApiError(503, "The server is shutting down."))
 
     def _read_inbox(self) -> None:
         """Take what has come; wait for it if there is nothing to do."""
@@ -295,15 +301,19 @@ class Service:
 
     def _failed(self, error: Exception) -> None:
         """A step raised: those that the engine has ended fail, if it ended none those that run, and if none runs all."""
-        log.error("a step of the engine failed", exc_info=error)
         live = list(self._live.values())
-        hit = [r for _, r in live if r.finish_reason == "error"] or [r for _, r in live if r.scheduled] or [r for _, r in live]
-        for request in hit:
-            job, _ = self._live.pop(id(request))
+        hit = [e for e in live if e[1].finish_reason == "error"] or [e for e in live if e[1].scheduled] or live
+        self._fail(hit, error, ApiError(500, FAILED))
+
+    def _fail(self, entries: list[tuple[Job, Any]], error: Exception | None, told: ApiError) -> None:
+        if error is not None:
+            log.error("a step of the engine failed", exc_info=error)
+        for job, request in entries:
+            self._live.pop(id(request), None)
             self._unstarted.discard(job)
             self._cancel(request)
-            self.telemetry.finished(request, "error")
-            self._post([(job, ApiError(500, FAILED))])
+            self.telemetry.finished(request, "error" if error is not None else "abort")
+            self._post([(job, told)])
 
 
 async def _forward(index: int, job: Job, merged: "asyncio.Queue[tuple[int, Any]]") -> None:

@@ -22,18 +22,24 @@ class Gone(Exception):
     """The client has closed the connection."""
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; raises Gone, with the work cancelled and its cleanup done, as soon as the client is gone."""
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], drop: Callable[[T], None] | None = None) -> T:
+    """The result of `work`; raises Gone, with the work cancelled and its cleanup done, as soon as the client is gone. `drop` gets a result
+    that came too late, when this was cancelled."""
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
+        try:
+            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            working.cancel()
+            watching.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+    except asyncio.CancelledError:
+        if drop is not None and working.done() and not working.cancelled() and working.exception() is None:
+            drop(working.result())
+        raise
+    if working.cancelled():
         raise Gone
-    finally:
-        working.cancel()
-        watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+    return working.result()
 
 
 async def _gone(receive: Receive) -> None:

@@ -8,7 +8,7 @@ from tiny import randomize_, tiny_model
 
 from pascaline.data.batch import Sample, batches
 from pascaline.engine import Engine, Sampling
-from pascaline.engine.engine import batch_width, one_row_kernels
+from pascaline.engine.cache import batch_width, one_row_kernels
 from pascaline.errors import BadInput
 from pascaline.model.config import Rope
 from pascaline.model.transformer import Model

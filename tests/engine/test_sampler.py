@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pascaline.engine.sampler import HEAD, Sampling, _mix, exponentials, mix, sample
