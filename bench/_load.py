@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def server(command: list[str], port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server's process, once its /health answers; ended with SIGTERM. RuntimeError with the end of its log if it never does."""
+    """A server's process, once it takes requests; ended with SIGTERM. RuntimeError with the end of its log if it never does."""
     with log.open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
@@ -83,15 +84,22 @@ def server(command: list[str], port: int, log: Path) -> Iterator[subprocess.Pope
 
 
 def _healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+    """Whether it takes requests; transformers has no /ready, but its model is there before its /health."""
+    for path in ("ready", "health"):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=2) as answer:
+                return answer.status == 200
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                return False
+        except OSError:
+            return False
+    return False
 
 
 def pascaline(folder: Path, port: int, *options: str) -> list[str]:
-    return [sys.executable, "-m", "pascaline", "serve", str(folder), "--port", str(port), *options]
+    fixed = ["--port", str(port), "--dtype", "bfloat16", "--no-ui"]
+    return [sys.executable, "-m", "pascaline", "serve", str(folder), *fixed, *options]
 
 
 @dataclass
@@ -116,8 +124,8 @@ async def chat(port: int, body: dict[str, Any] | bytes, leave: float | None = No
         async with asyncio.timeout(leave):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-            writer.write(f"{head}Connection: close\r\n\r\n".encode() + data)
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
             reply.status = int((await reader.readline()).split()[1])
             async for line in reader:
                 _read(line, reply, began)

@@ -27,8 +27,8 @@ from _load import DENSE, MIXTURE, Reply, chat, free_port, make_folder, pascaline
 from pascaline.tokenizer import Tokenizer
 
 FLOORS = {"prefix reuse": 1.5, "transformers": 3.0, "transformers, dense": 3.0}
-# As much cache and as large a step as ours; asked to find the size itself, it takes half a minute.
-BATCHING = ["--continuous-batching", "--cb-num-blocks", "512", "--cb-block-size", "256", "--cb-max-batch-tokens", "2048"]
+# The fastest of those tried; asked to find its sizes itself, it takes half a minute to begin and is slower.
+BATCHING = ["--continuous-batching", "--cb-num-blocks", "2048", "--cb-max-batch-tokens", "512"]
 
 
 @dataclass
@@ -50,6 +50,14 @@ def peer(folder: Path, port: int, *options: str) -> list[str]:
     return [str(script), "serve", str(folder), "--device", "cpu", "--port", str(port), *options]
 
 
+def unshared(folder: Path, port: int) -> list[str]:
+    """`pascaline serve` with an engine that forgets what it has computed."""
+    load = f"lambda: Engine({str(folder)!r}, dtype=torch.bfloat16, max_rows=256, prefix_reuse=False)"
+    names = ("engine import Engine", "serve.options import Options", "serve.server import serve")
+    code = "; ".join(["import torch", *(f"from pascaline.{name}" for name in names)])
+    return [sys.executable, "-c", f"{code}; serve({load}, Options(name={folder.name!r}, port={port}, ui=False))"]
+
+
 def sides(mixture: Path, dense: Path, only: list[str]) -> dict[str, Side]:
     def side(command: Any, folder: Path, *options: str) -> Side:
         port = free_port()
@@ -57,7 +65,7 @@ def sides(mixture: Path, dense: Path, only: list[str]) -> dict[str, Side]:
 
     made = {
         "pascaline": lambda: side(pascaline, mixture),
-        "pascaline, no prefix reuse": lambda: side(pascaline, mixture, "--no-prefix-reuse"),
+        "pascaline, no prefix reuse": lambda: side(unshared, mixture),
         "transformers": lambda: side(peer, mixture),
         "pascaline, dense": lambda: side(pascaline, dense),
         "transformers, dense": lambda: side(peer, dense, *BATCHING),
@@ -143,6 +151,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="a server's name, e.g. pascaline (repeatable; default: all)")
     parser.add_argument("--quick", action="store_true", help="8 chats, one round")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers must not outlive this
     chats, rounds = (8, 1) if options.quick else (options.chats, options.rounds)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)

@@ -22,10 +22,10 @@ from pascaline.serve.options import Options
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance, response_headers_conformance]
 CASES = {  # (that fit the schema, that do not); a route without parameters has one case only
-    "POST /v1/chat/completions": (800, 500),
-    "POST /v1/completions": (2200, 2000),
-    "POST /tokenize": (2000, 300),
-    "GET /v1/models/{name}": (2300, 0),
+    "POST /v1/chat/completions": (500, 300),
+    "POST /v1/completions": (2300, 2300),
+    "POST /tokenize": (2000, 100),
+    "GET /v1/models/{name}": (2700, 0),
 }
 
 
@@ -46,7 +46,7 @@ def send(operation, mode: GenerationMode, count: int, **more) -> Counter:
     @given(case=operation.as_strategy(generation_mode=mode))
     def run(case) -> None:
         if mode.is_positive and isinstance(case.body, dict) and seen.total() % 4:
-            case.body = tamed(case.body)
+            case.body = tamed(case.body) | {"stream": seen.total() % 8 == 1}
         response = case.call(**more)
         seen[response.status_code] += 1
         case.validate_response(response, checks=CHECKS)
@@ -76,6 +76,7 @@ def check_stream(text: str) -> None:
     assert all("choices" in json.loads(event.removeprefix("data: ")) for event in events)
 
 
+@pytest.mark.timeout(1800)  # one and a half minutes of one core, on a machine that has nothing else to do
 def test_ten_thousand_cases():
     schema, engine = served()
     total: Counter = Counter()
@@ -90,7 +91,7 @@ def test_ten_thousand_cases():
     streams = total.pop("streams")
     assert labels >= {*CASES, "GET /v1/models", "GET /health", "GET /ready", "GET /version", "GET /metrics"}
     assert total.total() >= 10_000 and total[200] > 2_000 and streams > 100, total
-    assert set(total) <= {200, 400, 404, 405, 413, 422}
+    assert set(total) <= {200, 400, 404, 413, 429}
     assert engine.empty
 
 
