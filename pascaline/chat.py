@@ -23,7 +23,7 @@ def talk(model: Path, temperature: float, top_p: float, max_tokens: int, seed: i
     from pascaline.engine import Engine, Sampling
 
     sampling = Sampling(temperature, top_p, max_tokens)
-    engine = Engine(model, device=device)
+    engine = Engine(model, device=device, max_rows=1, speculate=True)
     for stream in (sys.stdin, sys.stdout):  # a byte that is not text must not end the conversation
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -147,7 +147,8 @@ class Sft(Stage):
 
 class Rl(Stage):
     """GRPO. Each step samples `samples` answers to each of `prompts` problems of `puzzles`; wrong_reward is what a false claim earns
-    (right earns 1, giving up 0)."""
+    (right earns 1, giving up 0). mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by
+    themselves, so that their drafts keep up with the policy; 0 leaves them as they are."""
 
     puzzles: list[str] = ["countdown"]
     steps: int = Field(60, ge=1)

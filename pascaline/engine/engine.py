@@ -60,10 +60,11 @@ class Engine:
         cache_memory: int | None = None,
         max_batch_tokens: int = 2048,
         prefix_reuse: bool = True,
-        speculate: bool = True,
+        speculate: bool = False,
     ):
         """max_rows: answers that run at once. cache_memory: bytes of cache; None: what max_rows whole contexts need, but at most a quarter
-        of the free memory. max_batch_tokens: of one step. speculate: with the model's MTP module, where it pays."""
+        of the free memory. max_batch_tokens: of one step. speculate: with the MTP module, where it pays; that goes by the clock, so that
+        log-probabilities may differ in their last digits from run to run."""
         if not isinstance(model, Model):
             tokenizer = tokenizer or Tokenizer.load(model)
             model = hf.load(model, dtype, choose(device))
@@ -283,6 +284,7 @@ class Engine:
             request.first_token = request.first_token or now
             self.stats.generated += 1
             if guess < len(request.draft):
+                self.stats.drafts += guess == 0
                 self.stats.draft_tokens += 1
                 if request.draft[guess] == token:
                     self.stats.accepted_tokens += 1

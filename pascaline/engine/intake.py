@@ -24,7 +24,7 @@ class Intake:
     def requests(self, prompt: Prompt, sampling: Sampling, index: int, salt: str = "") -> list[Request]:
         """The n requests of a prompt, each with a seed of its own from (sampling.seed, index of the prompt, 0..n-1). BadInput for what
         does not fit the context, the cache or the vocabulary."""
-        ids, c = self._ids(prompt), self.config
+        ids, c = self._ids(prompt, sampling.thinking), self.config
         if not 0 < len(ids) < c.max_position_embeddings + (sampling.max_tokens == 0):
             raise BadInput(f"a prompt of {len(ids)} tokens does not fit: the context allows 1 to {c.max_position_embeddings - 1}.")
         named = [*ids, *sampling.stop_ids, *(token for token, _ in sampling.logit_bias)]
@@ -48,12 +48,12 @@ class Intake:
             request.prompt_logprobs, request.prompt_top = group[0].prompt_logprobs, group[0].prompt_top  # computed once
         return group
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt, thinking: bool) -> list[int]:
         if isinstance(prompt, list) and all(isinstance(t, int) for t in prompt):
             return prompt  # type: ignore[return-value]
         if self.tokenizer is None:
             raise BadInput("this engine has no tokenizer: give prompts as token ids.")
-        return self.tokenizer.prompt_ids(prompt)  # type: ignore[arg-type]
+        return self.tokenizer.prompt_ids(prompt, thinking)  # type: ignore[arg-type]
 
     def _stop_ids(self, sampling: Sampling) -> list[int]:
         if sampling.ignore_eos:

@@ -25,7 +25,8 @@ class Sampling:
     (0: all), min_p those with at least that share of the best one's probability. presence and frequency penalties are subtracted from
     the logits of tokens already said (once, and for each time); repetition_penalty divides them (arXiv 1909.05858), the prompt's too.
     n answers a prompt; `seed` fixes them all. `stop` strings end an answer where they occur after the thought, `stop_ids` besides the end
-    tokens, which ignore_eos turns off; none of them before min_tokens. After max_thinking_tokens the end of the thought is forced.
+    tokens, which ignore_eos turns off; none of them before min_tokens. thinking=False asks for an answer without a thought (where the
+    template can), max_thinking_tokens forces the end of one that has taken so many.
     top_logprobs: so many alternatives are reported for each token; prompt_logprobs: what the model gives the prompt's own tokens."""
 
     temperature: float = 0.6
@@ -44,6 +45,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    thinking: bool = True
     max_thinking_tokens: int | None = None
     ignore_eos: bool = False
 

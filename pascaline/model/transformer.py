@@ -131,16 +131,24 @@ class Model(nn.Module):
         return View(turn, mask, cache, real)
 
     def mtp_hidden(
-        self, hidden_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        apart: bool = False,
     ) -> list[tuple[Tensor, Routing | None]]:
         """For depth k = 1, 2, ...: states [B, T, D] whose head predicts token t + 1 + k, and how the module routed.
 
-        hidden_BTD are the states of `hidden`. The last k positions see wrapped-around tokens: mask them in the loss.
+        hidden_BTD are the states of `hidden`. The last k positions see wrapped-around tokens: mask them in the loss. apart: gradients
+        reach the modules only, neither the embedding nor what hidden_BTD come from.
         """
         view, out = self.view(tokens_BT, positions_BT, document_ids_BT), []
+        hidden_BTD = hidden_BTD.detach() if apart else hidden_BTD
         for module in self.model.layers[self.config.num_hidden_layers :]:
             tokens_BT = tokens_BT.roll(-1, 1)
-            hidden_BTD, routing = cast(MTPBlock, module)(hidden_BTD, view, self.model.embed_tokens(tokens_BT))
+            next_BTD = self.model.embed_tokens(tokens_BT)
+            hidden_BTD, routing = cast(MTPBlock, module)(hidden_BTD, view, next_BTD.detach() if apart else next_BTD)
             out.append((hidden_BTD, routing))
         return out
 

@@ -282,7 +282,7 @@ def _train(run: Run, name: str, model: Model, source: Any, steps: int, first: Ro
     stage: Stage = getattr(run.recipe, name)
     rule = Loss(mtp=stage.mtp if model.config.num_nextn_predict_layers else 0.0, balance=stage.sequence_balance, z=stage.z_loss)
     if name == "rl":
-        rule = replace(rule, mtp=0.0, clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
+        rule = replace(rule, mtp_apart=True, clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
     ranks = run.ranks if name in TOGETHER else ALONE
     trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype, ranks, first)
     if ranks.leader:

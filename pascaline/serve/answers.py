@@ -152,7 +152,8 @@ class Answers:
         ids = await self.off_loop(self.chat_prompt, body)
         wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         top = body.top_logprobs or 0
-        return await self.service.submit([ids], [self.sampling(body, ids, wanted, None, "messages", top_logprobs=top)], salt)
+        sampling = self.sampling(body, ids, wanted, None, "messages", top_logprobs=top)
+        return await self.service.submit([ids], [sampling], salt, whole=not body.stream)
 
     def chat_prompt(self, body: ChatRequest) -> list[int]:
         if len(body.messages) > self.options.max_messages:
@@ -167,7 +168,8 @@ class Answers:
         wanted = 16 if body.max_tokens is None else body.max_tokens
         more = {"top_logprobs": body.logprobs or 0, "prompt_logprobs": bool(body.echo) and (body.logprobs is not None or wanted == 0)}
         samplings = [self.sampling(body, ids, wanted, i, "prompt", **more) for i, ids in enumerate(prompts)]
-        return await self.service.submit(prompts, samplings, salt)
+        whole = not body.stream and not body.stops  # the engine does not look for stop strings in what it takes for a thought
+        return await self.service.submit(prompts, samplings, salt, whole)
 
     def prompt_ids(self, prompt: str | list[int], begin: bool = True) -> list[int]:
         """Ids of a raw prompt; special tokens in it are parsed, and what a document begins with is put before it."""
@@ -354,7 +356,7 @@ class Answers:
         if self.options.max_tokens:  # the page has a slider, and does not know the limit
             settings["max_tokens"] = min(settings.get("max_tokens") or self.options.max_tokens, self.options.max_tokens)
         try:
-            body = ChatRequest.model_validate({"messages": messages, **settings, "n": 1})
+            body = ChatRequest.model_validate({"messages": messages, **settings, "n": 1, "stream": True})
         except ValidationError as error:
             raise BadInput(describe_validation(error, "chat", ChatRequest.model_fields)) from None
         jobs: list[Job] = []
@@ -385,6 +387,7 @@ def first_problem(errors: Sequence[Any]) -> ApiError:
     error = max(errors, key=lambda e: len(e["loc"]))
     names = {"str", "int", "body", "list[TextPart]", "list[str]", "list[int]"}
     path = [str(part) for part in error["loc"] if str(part) not in names and not str(part).startswith(("list[", "constrained", "function"))]
+    path += [error["ctx"]["param"]] if error["type"] == "wrong" else []
     param = ".".join(path)[:200] or None
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "json_invalid":

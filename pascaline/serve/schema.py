@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 MOST_TOKENS = 1 << 24
 MOST_IDS = 1 << 32
@@ -43,6 +44,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def wrong(param: str, message: str) -> PydanticCustomError:
+    """What a validator of several fields raises about one of them."""
+    return PydanticCustomError("wrong", "{message}", {"param": param, "message": message})
+
+
 class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
 
@@ -63,7 +69,7 @@ class Message(Request):
     @model_validator(mode="after")
     def _said(self) -> "Message":
         if self.content is None and self.role != "assistant":
-            raise ValueError("content must be a string or a list of text parts")
+            raise wrong("content", "must be a string or a list of text parts")
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -143,7 +149,7 @@ class ChatRequest(Generation):
     @model_validator(mode="after")
     def _needs_logprobs(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise wrong("top_logprobs", "needs logprobs: true")
         return self
 
     @property
@@ -167,9 +173,9 @@ class CompletionRequest(Generation):
     @model_validator(mode="after")
     def _possible(self) -> "CompletionRequest":
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens = 0 needs echo: true")
+            raise wrong("max_tokens", "0 needs echo: true")
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of must be n, or be left out: every answer is returned")
+            raise wrong("best_of", "must be n, or be left out: every answer is returned")
         return self
 
     @property
@@ -191,7 +197,7 @@ class TokenizeRequest(Request):
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise wrong("prompt", "give either this or messages")
         return self
 
 

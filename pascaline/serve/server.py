@@ -58,7 +58,7 @@ def engine_of(model: Path, device: str, dtype: str, max_rows: int, cache_memory:
         from pascaline.engine import Engine
 
         return Engine(model, device=device, dtype=getattr(torch, dtype), max_rows=max_rows, cache_memory=cache_memory,
-                      max_batch_tokens=max_batch_tokens)  # fmt: skip
+                      max_batch_tokens=max_batch_tokens, speculate=True)  # fmt: skip
 
     return load
 

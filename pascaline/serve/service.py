@@ -38,12 +38,16 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """One prompt and its answers on their way. `requests` are the engine's: to be read when they have ended."""
+    """One prompt and its answers on their way. number: among the jobs of a submission, whose `events` they share. whole: nothing is told
+    before an answer's end. `requests` are the engine's, to be read when they have ended."""
 
+    number: int
     ids: list[int]
     sampling: Sampling
     salt: str
-    events: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    whole: bool
+    events: "asyncio.Queue[tuple[int, Any]]"
+    taken: "asyncio.Future[Exception | None]"
     requests: list[Any] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
     queued: bool = True
@@ -114,10 +118,14 @@ class Service:
                 raise ApiError(429, f"The queue is full: {now} {what}, and {more} more are over the limit of {most}; try again later.",
                                code="queue_full", headers={"retry-after": "1"})  # fmt: skip
 
-    async def submit(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling], salt: str) -> list[Job]:
-        """Jobs that the engine has taken, one a prompt. ApiError if there is no room, BadInput if one can never fit: then none is taken."""
+    async def submit(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling], salt: str, whole: bool = False) -> list[Job]:
+        """Jobs that the engine has taken, one a prompt. ApiError if there is no room, BadInput if one can never fit: then none is taken.
+        whole: nobody wants to see an answer grow."""
         self.check_room(sum(s.n for s in samplings), sum(map(len, prompts)))
-        jobs = [Job(ids, sampling, salt) for ids, sampling in zip(prompts, samplings, strict=True)]
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
+        jobs = [
+            Job(i, ids, s, salt, whole, events, loop.create_future()) for i, (ids, s) in enumerate(zip(prompts, samplings, strict=True))
+        ]
         for job in jobs:
             self.jobs.add(job)
             self.waiting += job.sampling.n
@@ -125,38 +133,36 @@ class Service:
             self._inbox.put(("add", job, 0))
         try:
             for job in jobs:
-                taken = await job.events.get()
-                if isinstance(taken, Exception):
-                    raise taken
+                refused = await job.taken
+                if refused is not None:
+                    raise refused
         except BaseException:
             self.close_all(jobs)
             raise
         return jobs
 
     async def pieces(self, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Piece] | None]:
-        """(index of the job, piece) as they come; None when nothing has come for options.ping_seconds. Raises ApiError where an answer
+        """(number of the job, piece) as they come; None when nothing has come for options.ping_seconds. Raises ApiError where an answer
         failed. Closes the jobs at the end, and when it is closed itself."""
-        merged: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        if len(jobs) == 1:
-            sources = []
-        else:
-            sources = [asyncio.create_task(_forward(i, job, merged)) for i, job in enumerate(jobs)]
-        left = sum(job.sampling.n for job in jobs)
+        events, pause, loop = jobs[0].events, self.options.ping_seconds, asyncio.get_running_loop()
+        left, last = sum(job.sampling.n for job in jobs), loop.time()
+
+        def tick() -> None:
+            if loop.time() - last >= pause:
+                events.put_nowait((0, None))
+            timer[0] = loop.call_later(pause, tick)
+
+        timer = [loop.call_later(pause, tick)]
         try:
             while left:
-                try:
-                    async with asyncio.timeout(self.options.ping_seconds):
-                        i, event = await merged.get() if sources else (0, await jobs[0].events.get())
-                except TimeoutError:
-                    yield None
-                    continue
+                number, event = await events.get()
+                last = loop.time()
                 if isinstance(event, Exception):
                     raise event
-                left -= event.finish_reason is not None
-                yield i, event
+                left -= event is not None and event.finish_reason is not None
+                yield None if event is None else (number, event)
         finally:
-            for task in sources:
-                task.cancel()
+            timer[0].cancel()
             self.close_all(jobs)
 
     def close(self, job: Job) -> None:
@@ -186,10 +192,11 @@ class Service:
         for job, event in events:
             if event == "begun":
                 self._begun(job)
-                continue
-            if isinstance(event, Piece):
-                job.left -= event.finish_reason is not None
-            job.events.put_nowait(event)
+            elif not job.taken.done():  # the first that is heard of it
+                job.taken.set_result(None if event == "taken" else event)
+            else:
+                job.left -= isinstance(event, Piece) and event.finish_reason is not None
+                job.events.put_nowait((job.number, event))
 
     # ---- in the thread -----------------------------------------------------------------------------------------------
 
@@ -280,8 +287,9 @@ class Service:
             self._unstarted.discard(job)
             events.append((job, "begun"))
         for request in touched:
-            if id(request) in self._live:
-                events.append((self._live[id(request)][0], self._piece(request)))
+            entry = self._live.get(id(request))
+            if entry is not None and (not entry[0].whole or request.finish_reason is not None):
+                events.append((entry[0], self._piece(request)))
         self._post(events)
 
     def _piece(self, request: Any) -> Piece | ApiError:
@@ -314,8 +322,3 @@ class Service:
             self._cancel(request)
             self.telemetry.finished(request, "error" if error is not None else "abort")
             self._post([(job, told)])
-
-
-async def _forward(index: int, job: Job, merged: "asyncio.Queue[tuple[int, Any]]") -> None:
-    while True:
-        merged.put_nowait((index, await job.events.get()))

@@ -88,7 +88,7 @@ class Trainer:
         self.on_model = partial(_call, model) if ranks.size == 1 else parallel.shard(model, dtype, ranks, first)
         self.stopwatch = straggler.Stopwatch(model) if ranks.size > 1 else None
         self.stragglers = straggler.Stragglers()
-        self.optimizer = Optimizer(model, stage, dtype, ranks)
+        self.optimizer = Optimizer(model, stage, dtype, ranks, rule.mtp_apart)
         self.clipping = QKClip(model, self.optimizer, stage.qk_clip)
         self.routers = model.routers()
         self.totals = Totals()  # of the steps that stand, over all resumes

@@ -22,7 +22,10 @@ CHUNK = 512  # tokens whose logits exist at a time
 class Loss:
     """Constants of the loss. clip_low, clip_high: PPO's range with DAPO's higher upper end (arXiv 2503.14476); kl: weight of the
     distance to the reference, k3 of Schulman's note; mtp: weight of the multi-token loss (arXiv 2412.19437 eq. 25); balance: of the
-    sequence-wise balance loss (eq. 17 there); z: of the squared log-partition of the head (PaLM, arXiv 2204.02311 section 5)."""
+    sequence-wise balance loss (eq. 17 there); z: of the squared log-partition of the head (PaLM, arXiv 2204.02311 section 5).
+
+    mtp_apart: the multi-token loss lies on the tokens of `rl`, whatever their advantage, and teaches the MTP modules alone: they follow
+    the policy, which learns as if they were not there."""
 
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -30,6 +33,12 @@ class Loss:
     mtp: float = 0.0
     balance: float = 0.0
     z: float = 0.0
+    mtp_apart: bool = False
+
+    @property
+    def mtp_stream(self) -> str:
+        """Whose tokens the multi-token loss lies on."""
+        return "rl" if self.mtp_apart else "ce"
 
 
 def totals(batches: Iterable[Batch]) -> dict[str, float]:
@@ -69,8 +78,8 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
         parts["rl"] = (w * parts["rl"]).sum() / total["rl"]
     if "kl" in weights:
         parts["kl"] = rule.kl * (weights["kl"][keep] * k3(logprob, stream("ref_logprob"))).sum() / total["kl"]
-    if rule.mtp and "ce" in weights:
-        mtp, mtp_routings = _mtp(model, batch, hidden, total["ce"])
+    if rule.mtp and rule.mtp_stream in weights:
+        mtp, mtp_routings = _mtp(model, batch, hidden, total[rule.mtp_stream], rule)
         parts["mtp"] = rule.mtp * mtp
         routings += mtp_routings
     real = batch.document_ids >= 0
@@ -117,15 +126,17 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_m: Tensor, grad_z_m: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
         hidden_mD, weight_VD, target_m = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden_mD), torch.zeros(weight_VD.shape, device=weight_VD.device)
+        grad_hidden = torch.empty_like(hidden_mD)
+        grad_weight = torch.zeros(weight_VD.shape, device=weight_VD.device) if ctx.needs_input_grad[1] else None
         for span, logits in _logits(hidden_mD, weight_VD):
             # d(logprob)/d(logits) = onehot - p, d(log_z)/d(logits) = p
             p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
             slope = p.mul_(((grad_z_m - grad_m)[span] / p.sum(-1)).unsqueeze(1))
             slope = slope.scatter_add_(1, target_m[span, None], grad_m[span, None]).to(hidden_mD.dtype)
             torch.mm(slope, weight_VD, out=grad_hidden[span])
-            grad_weight += slope.t() @ hidden_mD[span]
-        return grad_hidden, grad_weight.to(weight_VD.dtype), None, None
+            if grad_weight is not None:
+                grad_weight += slope.t() @ hidden_mD[span]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None
 
 
 def _logits(hidden_mD: Tensor, weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -185,14 +196,16 @@ def router_entropy(routing: Routing, real_BT: Tensor) -> Tensor:
     return (torch.special.entr(share).sum(-1) * real_BT.flatten()).sum()  # a mask, not an index: no wait for the device
 
 
-def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float) -> tuple[Tensor, list[Routing]]:
+def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float, rule: Loss) -> tuple[Tensor, list[Routing]]:
     """Mean over depths k of the cross-entropy of token t + 1 + k from position t, where it lies in the same document."""
     losses, routings = [], []
-    for k, (states, routing) in enumerate(model.mtp_hidden(hidden, batch.tokens, batch.positions, batch.document_ids), 1):
+    head = model.head_weight.detach() if rule.mtp_apart else model.head_weight
+    depths = model.mtp_hidden(hidden, batch.tokens, batch.positions, batch.document_ids, rule.mtp_apart)
+    for k, (states, routing) in enumerate(depths, 1):
         ahead = 1 + k
         same = batch.document_ids[:, ahead:] == batch.document_ids[:, :-ahead]
-        weight = (batch.weight("ce").view(len(same), -1)[:, k:] * same).flatten()
-        logprob, *_ = token_logprobs(states[:, :-ahead].flatten(0, 1), model.head_weight, batch.tokens[:, ahead:].flatten())
+        weight = (batch.weight(rule.mtp_stream).view(len(same), -1)[:, k:] * same).flatten()
+        logprob, *_ = token_logprobs(states[:, :-ahead].flatten(0, 1), head, batch.tokens[:, ahead:].flatten())
         losses.append(-(weight * logprob).sum() / total)
         if routing is not None:
             routings.append(routing)

@@ -15,7 +15,7 @@ from pascaline.model.attention import QUERY_BLOCK
 from pascaline.model.config import ModelConfig
 from pascaline.model.moe import FEW, SEGMENT
 from pascaline.model.transformer import Model
-from pascaline.recipe import Extend, Pretrain, Rl, Sft, Stage
+from pascaline.recipe import Extend, Pretrain, Sft, Stage
 from pascaline.train.losses import CHUNK
 from pascaline.train.optim import CHUNK as MUON_CHUNK
 
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def mtp(self) -> bool:
-        return bool(self.stage.mtp) and self.config.num_nextn_predict_layers > 0 and not isinstance(self.stage, Rl)
+        return bool(self.stage.mtp) and self.config.num_nextn_predict_layers > 0
 
     @cached_property
     def weights(self) -> dict[int, dict[str, tuple[int, ...]]]:

@@ -76,10 +76,11 @@ class Optimizer:
     that is float32): matmuls run in bf16, small updates are not lost. Of a model cut by `parallel.shard` the parameters are float32
     and the masters this rank's shares of them.
 
-    Matrices of the layers decay; norms, embeddings and head do not.
+    Matrices of the layers decay; norms, embeddings and head do not. mtp_apart: the MTP modules' gradients have a norm of their own and are
+    clipped by it, so that they do not shorten the steps of the rest.
     """
 
-    def __init__(self, model: Model, optim: Optim, dtype: torch.dtype, ranks: Ranks = ALONE):
+    def __init__(self, model: Model, optim: Optim, dtype: torch.dtype, ranks: Ranks = ALONE, mtp_apart: bool = False):
         self.optim, self.ranks = optim, ranks
         if ranks.size > 1:
             self.working = dict(model.named_parameters())
@@ -92,6 +93,9 @@ class Optimizer:
             for name, parameter in self.working.items():
                 if parameter.dtype == torch.float32:
                     parameter.data = self.masters[name].data
+        own = tuple(f"model.layers.{model.config.num_hidden_layers + i}." for i in range(model.config.num_nextn_predict_layers))
+        self.apart = [m for n, m in self.masters.items() if mtp_apart and n.startswith(own)]
+        self.together = [m for n, m in self.masters.items() if not (mtp_apart and n.startswith(own))]
         hidden = {n: m for n, m in self.masters.items() if m.dim() > 1 and "embed_tokens" not in n and "lm_head" not in n}
         muon = {n: m for n, m in hidden.items() if optim.optimizer == "muon" and not n.endswith("mlp.gate.weight")}
         self.muon = Muon(muon, self.wholes, optim, dtype)
@@ -113,18 +117,25 @@ class Optimizer:
             parameter.grad = None
 
     def norm(self) -> Tensor:
-        """The norm of all collected gradients, of all ranks; replicas hold the same ones, which count once."""
-        own = torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
+        """The norm of all collected gradients but those that stand apart, of all ranks; replicas hold the same ones, which count once."""
+        return self._norm(self.together)
+
+    def _norm(self, masters: list[nn.Parameter]) -> Tensor:
+        own = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
         return (self.ranks.sum(own.square()) / self.ranks.replicas).sqrt() if self.ranks.size > 1 else own
 
     @torch.no_grad()
     def step(self, lr: float, norm: Tensor, fine: Tensor | None = None) -> None:
         """Clip the gradients of that norm, update, copy back, forget the gradients. Where `fine` (a bool on the device) does not hold,
         weights and moments stay as they were, and nobody has had to wait for the device to say so."""
-        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.optim.clip, norm)
+        fine = torch.ones((), dtype=torch.bool, device=norm.device) if fine is None else fine
+        torch.nn.utils.clip_grads_with_norm_(self.together, self.optim.clip, norm)
+        if self.apart:
+            own = self._norm(self.apart)
+            fine = fine & own.isfinite()
+            torch.nn.utils.clip_grads_with_norm_(self.apart, self.optim.clip, own)
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        fine = torch.ones((), dtype=torch.bool, device=norm.device) if fine is None else fine
         self.adamw.found_inf = (~fine).float()  # type: ignore[attr-defined]  # what a GradScaler tells a fused optimizer
         self.adamw.step()
         self.muon.step(lr, fine)

@@ -88,6 +88,16 @@ def test_the_tiny_recipe_leaves_a_report(tiny_run: Path) -> None:
     assert page.startswith("<!DOCTYPE html") and page.count("<svg") >= 6 and "<script" not in page
 
 
+def test_mtp_modules_learn_in_every_stage(coin_run: Path) -> None:
+    """So that their drafts fit the policy that is served."""
+    for name in ("03-pretrain", "04-sft", "05-rl"):
+        found = [row for row in Metrics.read(coin_run / name / "metrics.jsonl") if "skipped" not in row]
+        assert found and all(row["mtp"] > 0 for row in found), name
+    before, after = (load_file(coin_run / name / "model" / "model.safetensors") for name in ("04-sft", "05-rl"))
+    own = [name for name in before if name.startswith("model.layers.2.") and not name.endswith(("embed_tokens.weight", "head.weight"))]
+    assert len(own) > 10 and all(not torch.equal(before[n], after[n]) for n in own if "proj" in n and ".experts." not in n)
+
+
 def test_every_stage_says_where_it_came_from(tiny_run: Path) -> None:
     for number, name in enumerate(STAGES, 1):
         told = read_json(tiny_run / f"{number:02d}-{name}" / "lineage.json")

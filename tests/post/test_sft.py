@@ -1,5 +1,6 @@
 """The cold start: the loss lies on the assistant's tokens, all of them and nothing else."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,19 @@ def test_a_chat_is_the_rendered_conversation_and_its_answer_is_the_traces(tokeni
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "reasoning_content": thought, "content": answer}]
         assert tokenizer.render(messages) == text
         assert prompt.startswith(("Make ", "Start with ")) and answer and not any(s in prompt + thought + answer for s in SPECIALS)
+
+
+def test_mtp_modules_learn_the_chats_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """And only the completions: a draft of the prompt is worth nothing."""
+    model = tiny_model(vocab_size=tokenizer.vocab_size, num_nextn_predict_layers=1, max_position_embeddings=512)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loader = Loader(ListSamples(puzzle_samples(TABLES, tokenizer, 1)), 256, 4, 4, tokenizer.pad, 1)
+    stage = Sft(lr=5e-3, warmup=2, mtp=0.3)
+    Trainer(model, stage, Loss(mtp=stage.mtp), tmp_path, "sft", torch.float32).run(loader, 25, quiet=True)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert found[-1]["mtp"] < 0.7 * found[0]["mtp"]
+    own = [name for name, _ in model.named_parameters() if name.startswith("model.layers.2.")]
+    assert own and all(not torch.equal(dict(model.named_parameters())[name], before[name]) for name in own if ".experts." not in name)
 
 
 def test_the_same_seed_gives_the_same_chats(tokenizer: Tokenizer) -> None:

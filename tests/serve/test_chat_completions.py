@@ -229,7 +229,8 @@ def test_no_address_is_ever_fetched(url, monkeypatch):
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
-    ({"messages": [{"role": "user"}]}, "messages.0"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": HI, "top_logprobs": 2}, "top_logprobs"),
     ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
     ({"messages": HI, "temperature": 2.1}, "temperature"),
     ({"messages": HI, "temperature": -0.1}, "temperature"),

@@ -125,3 +125,15 @@ def test_a_host_that_others_reach_without_keys_is_warned_about(tmp_path):
         with pytest.raises(BadInput, match="no model"):
             serve(no_model, Options(host=host, port=0, api_key_file=keys, ui=False), said.append)
         assert bool(said) == warned
+
+
+def test_every_option_is_documented():
+    import typer.main
+
+    from pascaline.cli import app
+
+    text = (HERE.parent.parent / "docs" / "serving.md").read_text()
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    names = {next(o for o in (*p.secondary_opts, *p.opts) if o.startswith("--")) for p in command.params if p.param_type_name == "option"}
+    assert "--max-queue" in names and len(names) > 15
+    assert not [name for name in names if f"`{name}`" not in text]

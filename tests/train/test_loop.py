@@ -181,26 +181,43 @@ def test_balancing_evens_the_load(tmp_path):
     assert last_violation(tmp_path / "off", 0.0) > 0.9 > 0.6 > last_violation(tmp_path / "on", 0.05)
 
 
+class Rollouts:
+    """Answers that count upwards in twos, as a source of rl; good and bad ones alike."""
+
+    facts: dict[str, float] = {"reward": 0.5}  # noqa: RUF012
+
+    def step(self, step):
+        draw, ones, samples = np.random.default_rng(step), np.ones(8, np.float32), []
+        for i in range(6):
+            tokens = (draw.integers(trainee.VOCAB) + 2 * np.arange(8)) % trainee.VOCAB
+            samples.append(Sample(tokens, {"rl": ones, "advantage": (-1) ** i * ones, "old_logprob": -3 * ones}))
+        return batches(samples, 24, 2, 0)
+
+
 def test_policy_gradient_on_a_model_with_mtp_modules(tmp_path):
-    """RL leaves the MTP modules alone; balancing the other routers must still work."""
-    draw = np.random.default_rng(0)
-
-    class Rollouts:
-        facts: dict[str, float] = {"reward": 0.5}  # noqa: RUF012
-
-        def step(self, step):
-            samples = []
-            for _ in range(6):
-                tokens = draw.integers(0, trainee.VOCAB, 8)
-                ones = np.ones(8, np.float32)
-                samples.append(Sample(tokens, {"rl": ones, "advantage": ones, "old_logprob": -3 * ones}))
-            return batches(samples, 24, 2, 0)
-
+    """Without their loss the MTP modules are left alone; balancing the other routers must still work."""
     one = Trainer(model(), trainee.stage(), Loss(), tmp_path, "rl", torch.float32)
     one.run(Rollouts(), 4, quiet=True)
     found = rows(tmp_path)
     assert len(found) == 4 and found[0]["reward"] == 0.5 and {"rl", "entropy", "mismatch", "clipped"} <= set(found[0])
     assert one.routers[0].e_score_correction_bias.any() and not one.routers[1].e_score_correction_bias.any()
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(optimizer="muon", qk_clip=0.1)])
+def test_mtp_modules_that_learn_apart_follow_the_policy_and_change_nothing_of_it(kind, tmp_path):
+    """Bit for bit, although every step is clipped."""
+
+    def trained(folder: Path, rule: Loss) -> dict[str, torch.Tensor]:
+        Trainer(model(), trainee.stage(clip=1e-2, lr=0.02, **kind), rule, folder, "rl", torch.float32).run(Rollouts(), 30, quiet=True)
+        return hf.load(folder / "model").state_dict()
+
+    alone, both = trained(tmp_path / "alone", Loss()), trained(tmp_path / "both", Loss(mtp=0.3, mtp_apart=True))
+    for name, tensor in alone.items():
+        assert torch.equal(tensor, both[name]) != name.startswith("model.layers.2."), name
+    found = rows(tmp_path / "both")
+    assert found[-1]["mtp"] < 0.7 * found[0]["mtp"] and len(found[0]["expert_load"]) == 2
+    for row, without in zip(found, rows(tmp_path / "alone"), strict=True):
+        assert row["loss"] == pytest.approx(row["rl"] + row["mtp"]) and row["grad_norm"] == without["grad_norm"] > 1e-2
 
 
 # ---- ahead of the host -----------------------------------------------------------------------------------------------

@@ -339,9 +339,10 @@ def test_rl_logs():
 # ---- multi-token prediction ------------------------------------------------------------------------------------------
 
 
-def mtp_by_hand(model, rows: list[list[Sample]]) -> torch.Tensor:
-    """Each document alone: depth k predicts token t + 1 + k from position t (arXiv 2412.19437 eq. 24), over the step's ce weight."""
-    total = sum(float(s.streams["ce"][1:].sum()) for row in rows for s in row)
+def mtp_by_hand(model, rows: list[list[Sample]], name: str = "ce") -> torch.Tensor:
+    """Each document alone: depth k predicts token t + 1 + k from position t (arXiv 2412.19437 eq. 24), over the stream's weight in the
+    step."""
+    total = sum(float(s.streams[name][1:].sum()) for row in rows for s in row)
     depth = model.config.num_nextn_predict_layers
     sums = [torch.zeros(()) for _ in range(depth)]
     for s in (s for row in rows for s in row):
@@ -350,7 +351,7 @@ def mtp_by_hand(model, rows: list[list[Sample]]) -> torch.Tensor:
         for k, (states, _) in enumerate(model.mtp_hidden(hidden, tokens), 1):
             logp = model.head(states)[0].log_softmax(-1)
             for t in range(len(s.tokens) - 1 - k):
-                sums[k - 1] = sums[k - 1] - float(s.streams["ce"][t + 1 + k]) * logp[t, s.tokens[t + 1 + k]]
+                sums[k - 1] = sums[k - 1] - float(s.streams[name][t + 1 + k]) * logp[t, s.tokens[t + 1 + k]]
     return torch.stack(sums).mean() / total
 
 
@@ -374,6 +375,24 @@ def test_mtp_weight_zero_leaves_the_modules_alone():
     model = tiny_model(num_nextn_predict_layers=1)
     _, found, logs, _ = gradients(model, [collate(random_rows(), 24, 2)], Loss())
     assert "mtp" not in logs and not any(name.startswith("model.layers.2.") for name in found)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("names", [("rl",), ALL])
+def test_mtp_apart_learns_the_sampled_tokens_and_leaves_the_rest_its_gradient(names, tied):
+    model = tiny_model(num_nextn_predict_layers=2, tie_word_embeddings=tied)
+    rows, packed = random_rows(names), [collate([row], 24, 2) for row in random_rows(names)]
+    plain, expected, *_ = gradients(model, packed, Loss(kl=0.3, balance=0.1))
+    value, found, logs, load = gradients(model, packed, Loss(kl=0.3, balance=0.1, mtp=0.3, mtp_apart=True))
+    own = {name for name in found if name.startswith(("model.layers.2.", "model.layers.3."))}
+    assert found.keys() - own == expected.keys() and load.shape == (len(model.routers()), 8)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    alone = gradients(model, packed, Loss(mtp=0.3, mtp_apart=True))[1]
+    model.zero_grad(set_to_none=True)
+    mtp = 0.3 * mtp_by_hand(model, rows, "rl")
+    mtp.backward()
+    assert logs["mtp"] == pytest.approx(mtp.item(), rel=1e-4) and value > plain
+    assert_same({n: alone[n] for n in own}, {n: p.grad for n, p in model.named_parameters() if n in own})
 
 
 def test_mtp_over_micro_batches():
