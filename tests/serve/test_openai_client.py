@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import re
 
+import httpx
 import openai
 import pytest
 import torch
@@ -317,6 +319,19 @@ def test_many_that_leave_a_real_engine_leave_no_block(live):
 
     asyncio.run(ask())
     assert live.idle() and live.engine.scheduler.queued == 0
+
+
+def test_an_idle_servers_metrics_do_not_count_those_that_left(live):
+    """The last one leaves and no step follows: nothing runs, waits or holds a block."""
+    with connect(live) as client:
+        stream = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+        for _ in range(5):
+            next(stream)
+        stream.close()
+    assert live.idle()
+    told = httpx.get(f"{live.url}/metrics").text
+    found = re.findall(r"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)\{.*\} (\S+)$", told, re.M)
+    assert len(found) == 3 and all(float(value) == 0 for _, value in found), found
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
