@@ -1,12 +1,14 @@
-"""Generated tokens per second against transformers' `generate` of the same model, each side in its best dtype; and how far the
-engine's log-probabilities are from the trainer's in bf16."""
+"""Generated tokens per second against transformers' `generate` and llama.cpp with the same weights, each side in its best dtype; and how
+far the engine's log-probabilities are from the trainer's in bf16."""
 
 from collections.abc import Callable
 
+import _llamacpp
 import torch
 from _common import CONFIG, DTYPES, alternate, arguments, best, finish, twins
 
 from pascaline.engine import Engine, Sampling
+from pascaline.model import native
 from pascaline.train.losses import token_logprobs
 
 PROMPT, NEW = 32, 64
@@ -19,6 +21,7 @@ def ours(dtype: torch.dtype, tokens: torch.Tensor) -> Callable[[], int]:
     prompts = tokens.tolist()
 
     def work() -> int:
+        engine.flush()  # no prompt is known from the round before
         outs = engine.generate(prompts, Sampling(temperature=1.0, top_p=1.0, max_tokens=NEW))
         return sum(len(o.token_ids) for group in outs for o in group)
 
@@ -56,18 +59,23 @@ def mismatch() -> float:
 
 def main() -> None:
     options = arguments(__doc__ or "", rounds=5)
-    result: dict[str, dict[str, object]] = {"ratio": {}, "tokens_per_s": {}, "best": {}}
+    skipped = _llamacpp.missing()
+    files = {} if skipped else {name: _llamacpp.file(kind) for name, kind in (("float32", "f32"), ("bfloat16", "bf16"))}
+    result: dict[str, dict[str, object]] = {"ratio": {}, "ratio_llamacpp": {}, "tokens_per_s": {}, "best": {}}
     for size in BATCHES:
         tokens = torch.randint(0, CONFIG.vocab_size, (size, PROMPT), generator=torch.Generator().manual_seed(0))
         makers = {"pascaline": ours, "transformers": theirs}
-        rates = alternate(
-            {f"{who} {name}": make(dtype, tokens) for name, dtype in DTYPES.items() for who, make in makers.items()}, options.rounds
-        )
-        (mine, fast), (peer, slow) = best(rates, "pascaline"), best(rates, "transformers")
-        result["ratio"][str(size)] = fast / slow
-        result["tokens_per_s"][str(size)] = {"pascaline": fast, "transformers": slow}
-        result["best"][str(size)] = {"pascaline": mine, "transformers": peer}
-    finish({**result, "bf16_logprob_mismatch": mismatch()}, options.json)
+        sides = {f"{who} {name}": make(dtype, tokens) for name, dtype in DTYPES.items() for who, make in makers.items()}
+        sides |= {f"llamacpp {name}": _llamacpp.decoder(path, tokens, NEW) for name, path in files.items()}
+        rates = alternate(sides, options.rounds)
+        found = {who: best(rates, who) for who in (*makers, *(["llamacpp"] if files else []))}
+        result["tokens_per_s"][str(size)] = {who: rate for who, (_, rate) in found.items()}
+        result["best"][str(size)] = {who: name for who, (name, _) in found.items()}
+        result["ratio"][str(size)] = found["pascaline"][1] / found["transformers"][1]
+        if files:
+            result["ratio_llamacpp"][str(size)] = found["pascaline"][1] / found["llamacpp"][1]
+    lacking = {"lacking": "; ".join(filter(None, [native.lacking(), skipped]))}
+    finish({**result, "bf16_logprob_mismatch": mismatch(), **lacking}, options.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tokens per second with the MTP module's guesses and without, and how many of the guesses are accepted, by domain: two puzzles (held-out
-problems, as chats) and Python's standard library (raw text, which the laptop recipes train on). The two take turns; the same tokens come out.
+problems, as chats) and Python's standard library (raw text, which the laptop recipes train on). The two take turns; the same tokens come
+out.
 Needs a trained model with an MTP module: `pascaline bench speculate --model runs/mtp/model`."""
 
 import argparse

@@ -109,6 +109,7 @@ def serve(
     concurrency: Annotated[int, typer.Option(help="requests at once of a key; 0: no limit", min=0)] = 0,
     price_per_hour: Annotated[float, typer.Option(help="of the machine; the metrics then tell what tokens cost", min=0)] = 0.0,
     drain_seconds: Annotated[float, typer.Option(help="that running answers have when the server is stopped", min=0)] = 30.0,
+    mirror_reasoning: Annotated[bool, typer.Option("--mirror-reasoning", help="tell thoughts as `reasoning` too")] = False,
     device: Annotated[str, typer.Option()] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     ui: Annotated[bool, typer.Option("--ui/--no-ui", help="the chat page at /, if gradio is installed")] = True,
@@ -124,7 +125,7 @@ def serve(
         name=name or default_name(model), host=host, port=port, api_key_file=api_key_file, max_queue=max_queue,
         max_queue_tokens=max_queue_tokens, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, max_n=max_n,
         max_messages=max_messages, max_body=read_size(max_body), rate=rate, concurrency=concurrency, price_per_hour=price_per_hour,
-        drain_seconds=drain_seconds, ui=ui,
+        drain_seconds=drain_seconds, mirror_reasoning=mirror_reasoning, ui=ui,
     )  # fmt: skip
     memory = None if cache_memory is None else read_size(cache_memory)
     from pascaline.serve.server import engine_of

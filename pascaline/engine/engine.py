@@ -3,6 +3,7 @@
 The engine calls the trainer's own modules with the weights in memory, so an update of the model is an update of the engine.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from pascaline.engine.blocks import BLOCK, Blocks
 from pascaline.engine.cache import Batch, batch_width, one_row_kernels
 from pascaline.engine.intake import Intake, Prompt
 from pascaline.engine.request import Output, Request, Top
-from pascaline.engine.sampler import Sampling, sample
+from pascaline.engine.sampler import Sampling, draw
 from pascaline.engine.scheduler import Scheduler
 from pascaline.engine.speculate import Speculation
 from pascaline.errors import BadInput
-from pascaline.model import hf
+from pascaline.model import hf, native
 from pascaline.model.transformer import Model
 from pascaline.tokenizer import Tokenizer
 
@@ -82,6 +83,8 @@ class Engine:
         self._intake = Intake(model.config, tokenizer, self.capacity, self.bytes_per_token())
         self.scheduler = Scheduler(self._blocks, self.max_rows, max_batch_tokens, prefix_reuse)
         self._weights = self._fingerprint()
+        if model.device.type == "cpu":
+            native.start()
 
     # ---- for a program -----------------------------------------------------------------------------------------------
 
@@ -90,6 +93,8 @@ class Engine:
         leaves no room in the model's context."""
         if isinstance(prompts, str):
             raise BadInput("generate takes a list of prompts; put this one in brackets.")
+        if self.model.device.type == "cpu" and not self.busy:
+            native.wait()  # so that an answer does not hang on when the compiler was done
         self._look_at_weights()
         groups = [self._intake.requests(prompt, sampling or Sampling(), index) for index, prompt in enumerate(prompts)]
         for group in groups:
@@ -121,6 +126,8 @@ class Engine:
 
     def add(self, prompt: Prompt, sampling: Sampling, salt: str = "") -> list[Request]:
         """Queue the n answers of a prompt. Prefixes are reused among requests of the same salt only. BadInput if it can never fit."""
+        if not self.busy:
+            self._look_at_weights()
         group = self._intake.requests(prompt, sampling, 0, salt)
         self.scheduler.add(group)
         return group
@@ -185,6 +192,8 @@ class Engine:
         and is raised."""
         if self.paused or not self.busy:
             return []
+        if not self.scheduler.running and native.take():
+            self.flush()  # what PyTorch computed has other bits
         began, plan = time.perf_counter(), self.scheduler.plan()
         before = self.stats.generated
         drafted = any(request.draft for request, _ in plan)
@@ -212,7 +221,9 @@ class Engine:
             self._prompt_logprobs(plan, batch, hidden[0])
             places = self._places(plan, batch)
             if places:
-                logits = self.model.head(hidden[0, [at for _, at, _ in places]]).float()
+                which = [at for _, at, _ in places]
+                said = hidden[0] if which == list(range(len(tokens_n))) else hidden[0, which]
+                logits = self.model.head(said, batch).float()
                 self._deliver(places, *self._sampled(logits, places))
             if self.speculation is not None and self.speculation.pays(batch_width(len(self.scheduler.running) or 1)):
                 self.speculation.draft(batch, hidden, plan)
@@ -223,7 +234,7 @@ class Engine:
 
     def _batch(self, pool: Tensor, plan: list[tuple[Request, int]]) -> tuple[Batch, Tensor]:
         ids = [t for request, count in plan for t in request.tokens(request.computed, request.computed + count)]
-        idle = batch_width(len(ids)) - len(ids)  # rows that write to block 0
+        idle = 0 if native.library() else batch_width(len(ids)) - len(ids)  # rows that write to block 0
         tables = np.zeros((len(plan) + idle, self.scheduler.tables.shape[1]), np.int32)
         tables[: len(plan)] = self.scheduler.tables[[request.row for request, _ in plan]]
         starts, counts = [request.computed for request, _ in plan], [count for _, count in plan]
@@ -255,16 +266,15 @@ class Engine:
                 adjusted[i] = request.adjusted(logits[i], self._intake.closing, produced)
         seeds = np.array([request.seed for request, _, _ in places], np.uint64)
         positions = np.array([len(request.token_ids) + guess for request, _, guess in places])
-        tokens = sample(adjusted, [request.sampling for request, _, _ in places], seeds, positions)
-        total = logits.logsumexp(-1)
-        logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - total
+        tokens, logprobs = draw(adjusted, logits, [request.sampling for request, _, _ in places], seeds, positions)
         tops: list[Top] = [[] for _ in places]
         wanted = [i for i, (request, _, _) in enumerate(places) if request.sampling.top_logprobs]
         if wanted:
             most = max(places[i][0].sampling.top_logprobs for i in wanted)
-            for i, top in zip(wanted, _tops(logits[wanted] - total[wanted, None], most), strict=True):
+            for i, top in zip(wanted, _tops(logits[wanted].log_softmax(-1), most), strict=True):
                 tops[i] = top[: places[i][0].sampling.top_logprobs]
-        return tokens.tolist(), logprobs.tolist(), total.isfinite().tolist(), tops
+        said = logprobs.tolist()
+        return tokens.tolist(), said, [math.isfinite(p) for p in said], tops
 
     def _deliver(
         self, places: list[tuple[Request, int, int]], tokens: list[int], logprobs: list[float], finite: list[bool], tops: list[Top]
@@ -315,7 +325,7 @@ class Engine:
                 request.prompt_logprobs.append(None)
                 request.prompt_top.append([])
             if following:
-                log_p = self.model.head(hidden_nD[offset : offset + len(following)]).float().log_softmax(-1)
+                log_p = self.model.head(hidden_nD[offset : offset + len(following)], batch).float().log_softmax(-1)
                 request.prompt_logprobs += log_p.gather(1, torch.tensor(following, device=log_p.device)[:, None])[:, 0].tolist()
                 request.prompt_top += _tops(log_p, request.sampling.top_logprobs)
 

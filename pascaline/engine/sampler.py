@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pascaline.errors import BadInput
+from pascaline.model import native
 
 HEAD = 64  # a cut usually keeps fewer tokens than this, and a partial sort is far cheaper than a whole one
 
@@ -114,6 +115,33 @@ def exponentials(key_n: Tensor, ids_nM: Tensor) -> Tensor:
 
 def sample(logits_nV: Tensor, settings_n: Sequence[Sampling], seed_n: np.ndarray, position_n: np.ndarray) -> Tensor:
     """Tokens [n] under each row's temperature and cuts. position: the token's index in its answer."""
+    if native.library() and logits_nV.device.type == "cpu":
+        return native.draws(logits_nV.float().contiguous(), *_told(settings_n, seed_n, position_n))[0]
+    return sample_torch(logits_nV, settings_n, _keys(seed_n, position_n))
+
+
+def draw(
+    adjusted_nV: Tensor, own_nV: Tensor, settings_n: Sequence[Sampling], seed_n: np.ndarray, position_n: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """`sample` of adjusted float32 logits, and the tokens' log-probabilities by the model's own; these are no numbers where there are
+    some among the own logits that are none."""
+    if native.library() and own_nV.device.type == "cpu":
+        return native.draws(adjusted_nV.contiguous(), *_told(settings_n, seed_n, position_n), own_nV.contiguous())
+    tokens = sample_torch(adjusted_nV, settings_n, _keys(seed_n, position_n))
+    return tokens, own_nV.gather(1, tokens.unsqueeze(1)).squeeze(1) - own_nV.logsumexp(-1)
+
+
+def _keys(seed_n: np.ndarray, position_n: np.ndarray) -> np.ndarray:
+    return mix(seed_n.astype(np.uint64) + mix(position_n.astype(np.uint64)))
+
+
+def _told(settings_n: Sequence[Sampling], seed_n: np.ndarray, position_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    cuts = [(s.temperature, s.top_p, s.min_p, s.top_k) for s in settings_n]
+    return np.array(cuts).T, _keys(seed_n, position_n)
+
+
+def sample_torch(logits_nV: Tensor, settings_n: Sequence[Sampling], key_n: np.ndarray) -> Tensor:
+    """The same in PyTorch (parity: tests); key: of a row's seed and position."""
     device = logits_nV.device
 
     def column(values: list[float]) -> Tensor:
@@ -128,14 +156,14 @@ def sample(logits_nV: Tensor, settings_n: Sequence[Sampling], seed_n: np.ndarray
     if any(s.temperature != 1 for s in settings_n):
         shifted /= column([s.temperature or 1.0 for s in settings_n])
     p_nV = shifted.softmax(-1)
-    key_n = torch.from_numpy(mix(seed_n.astype(np.uint64) + mix(position_n.astype(np.uint64))).view(np.int64)).to(device)
+    keys = torch.from_numpy(key_n.view(np.int64)).to(device)
     cut = [s.top_p < 1 or s.top_k > 0 or s.min_p > 0 for s in settings_n]
     if all(cut):
-        token_n = _race(*_kept(p_nV, settings_n, column), key_n)
+        token_n = _race(*_kept(p_nV, settings_n, column), keys)
     else:
-        token_n = _race(p_nV, torch.arange(p_nV.shape[1], device=device).unsqueeze(0), key_n)
+        token_n = _race(p_nV, torch.arange(p_nV.shape[1], device=device).unsqueeze(0), keys)
         if any(cut):
-            token_n = torch.where(torch.tensor(cut, device=device), _race(*_kept(p_nV, settings_n, column), key_n), token_n)
+            token_n = torch.where(torch.tensor(cut, device=device), _race(*_kept(p_nV, settings_n, column), keys), token_n)
     return torch.where(torch.tensor(greedy, device=device), best_n, token_n) if any(greedy) else token_n
 
 

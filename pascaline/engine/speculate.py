@@ -59,7 +59,7 @@ class Speculation:
         states, _ = self.module(hidden_1nD, view, self.model.model.embed_tokens(tokens))
         if drafting:
             seeds, positions = np.array([r.seed for r in drafting], np.uint64), np.array([len(r.token_ids) for r in drafting])
-            guesses = sample(self.model.head(states[0, places]), [r.sampling for r in drafting], seeds, positions)
+            guesses = sample(self.model.head(states[0, places], batch), [r.sampling for r in drafting], seeds, positions)
             for request, guess in zip(drafting, guesses.tolist(), strict=True):
                 request.draft = [guess]
 

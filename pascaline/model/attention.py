@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pascaline.model import native
 from pascaline.model.config import ModelConfig
-from pascaline.model.fused import rms_norm
 from pascaline.model.rope import rotate, rotate_halves
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
+        return native.rms_norm(x, self.weight, self.eps, cache)
 
 
 @dataclass

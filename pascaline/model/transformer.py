@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pascaline.model import native
 from pascaline.model.attention import Cache, GroupedAttention, LatentAttention, RMSNorm, visible, visible_blocks
 from pascaline.model.config import ModelConfig
 from pascaline.model.moe import MLP, MoE, Router, Routing
-from pascaline.model.rope import turns
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -44,7 +43,9 @@ class Block(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias) if dense else MoE(config)
 
     def forward(self, x_BTD: Tensor, view: View) -> tuple[Tensor, Routing | None]:
-        """[B, T, D] -> [B, T, D] and, for an expert layer, how it routed."""
+        """[B, T, D] -> [B, T, D] and, for an expert layer, how it routed (not where the kernels compute a step of the engine)."""
+        if (y_BTD := native.blocks([self], x_BTD, view.turn, view.cache)) is not None:
+            return y_BTD, None
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view.turn, view.mask_BTT, view.cache)
         normed = self.post_attention_layernorm(x_BTD)
         y, routing = self.mlp(normed, view.real_BT) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
@@ -63,9 +64,9 @@ class MTPBlock(Block):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(self, hidden_BTD: Tensor, view: View, next_BTD: Tensor | None = None) -> tuple[Tensor, Routing | None]:
-        x = self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(hidden_BTD)), -1))
-        x, routing = super().forward(x, view)
-        return self.shared_head["norm"](x), routing
+        both = torch.cat((self.enorm(next_BTD, view.cache), self.hnorm(hidden_BTD, view.cache)), -1)
+        x, routing = super().forward(native.linear(self.eh_proj, both, view.cache), view)
+        return self.shared_head["norm"](x, view.cache), routing
 
 
 class Trunk(nn.Module):
@@ -107,21 +108,24 @@ class Model(nn.Module):
         """Normed last hidden states [B, T, D], and what the expert layers' routers did."""
         view = self.view(tokens_BT, positions_BT, document_ids_BT, cache)
         x = self.model.embed_tokens(tokens_BT)
-        routings = []
-        for layer in self.model.layers[: self.config.num_hidden_layers]:
+        routings: list[Routing] = []
+        layers = list(self.model.layers)[: self.config.num_hidden_layers]
+        if (y := native.blocks(layers, x, view.turn, cache)) is not None:
+            return self.model.norm(y, cache), routings
+        for layer in layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, routing = checkpoint(layer, x, view, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, routing = layer(x, view)
             if routing is not None:
                 routings.append(routing)
-        return self.model.norm(x), routings
+        return self.model.norm(x, cache), routings
 
     def view(self, tokens_BT: Tensor, positions_BT: Tensor | None, document_ids_BT: Tensor | None, cache: Cache | None = None) -> View:
         B, T = tokens_BT.shape
         if positions_BT is None:
             positions_BT = torch.arange(T, device=tokens_BT.device).expand(B, T)
-        turn = turns(self.config.rope, self.config.rope_dim, positions_BT)
+        turn = native.turns(self.config, positions_BT, cache)
         real = None if document_ids_BT is None else document_ids_BT >= 0
         mask: Tensor | BlockMask | None = None  # a cache brings its own
         if cache is None and self.flex:
@@ -152,9 +156,9 @@ class Model(nn.Module):
             out.append((hidden_BTD, routing))
         return out
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of normed hidden states [..., D]."""
-        return F.linear(hidden, self.head_weight)
+    def head(self, hidden: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits [..., V] of normed hidden states [..., D]; with the cache of the engine's step they are of."""
+        return native.product(hidden, self.head_weight, cache=cache)
 
     @property
     def head_weight(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -12,104 +11,18 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from pascaline.engine import Sampling
-from pascaline.engine.transcript import Transcript
 from pascaline.errors import BadInput, describe_validation
 from pascaline.serve.options import VERSION, Options
 from pascaline.serve.schema import ApiError, ChatRequest, CompletionRequest, Generation
-from pascaline.serve.service import Job, Piece, Service
+from pascaline.serve.service import Job, Service
 from pascaline.serve.stream import DONE, PING, event
+from pascaline.serve.voice import Entry, Voice, completion_logprobs
 from pascaline.tokenizer import Tokenizer
 
 T = TypeVar("T")
-FLOOR = -9999.0  # JSON has no -inf
 READERS = 2  # threads that render and tokenise; the rest waits its turn
 SAME = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "n", "ignore_eos",
         "max_thinking_tokens")  # fmt: skip
-
-
-def finite(logprob: float) -> float:
-    """A logarithm as JSON can hold it."""
-    return max(logprob, FLOOR) if math.isfinite(logprob) else FLOOR
-
-
-class Voice:
-    """One answer as its pieces arrive. raw: all is text, as completions want it; chats have thoughts."""
-
-    def __init__(self, tokenizer: Tokenizer, job: Job, index: int, raw: bool):
-        self.tokenizer, self.request, self.first = tokenizer, job.requests[index], job.requests[0]
-        self.transcript = Transcript(tokenizer, job.ids, job.sampling.stop, self.request.stops, thoughts=not raw)
-        self.count = 0
-        self.finish_reason: str | None = None
-        self._entries: list[tuple[int, float, list[tuple[int, float]]]] = []
-        self._given = 0  # entries that a stream has had
-
-    def take(self, piece: Piece) -> tuple[str, str]:
-        """What is new of (thought, text)."""
-        reasoning = text = ""
-        if self.transcript.stopped is None:
-            used = len(piece.ids)
-            for i, token in enumerate(piece.ids):  # tokens after a stop string do not count
-                more = self.transcript.feed([token])
-                reasoning, text = reasoning + more[0], text + more[1]
-                if self.transcript.stopped is not None:
-                    used = i + 1
-                    break
-            top = piece.top_logprobs or [[]] * len(piece.ids)
-            self._entries += list(zip(piece.ids, piece.logprobs, top, strict=False))[:used]
-            self.count += used
-        if piece.finish_reason is not None:
-            self.finish_reason = "stop" if self.transcript.stopped is not None else piece.finish_reason
-            more = self.transcript.finish()
-            reasoning, text = reasoning + more[0], text + more[1]
-        return reasoning, text
-
-    def entries(self) -> list[tuple[int, float, list[tuple[int, float]]]]:
-        """Of all tokens: id, log-probability, alternatives."""
-        return self._entries
-
-    def chat_logprobs(self, fresh: bool = False) -> dict[str, Any]:
-        """For the text's tokens `content`, for the thought's `reasoning_content`. fresh: only what this has not given before, of what is
-        settled by now."""
-        t = self.transcript
-        start, border = (self._given if fresh else 0), t.reasoning_tokens
-        end = start if fresh and t.undecided else len(self._entries)
-        self._given = end
-        ends = self.request.stops
-        shown = [(i, _token_logprob(self.tokenizer, *e)) for i, e in enumerate(self._entries[start:end], start) if e[0] not in ends]
-        thought = [e for i, e in shown if i < border]
-        return {"content": [e for i, e in shown if i >= border]} | ({"reasoning_content": thought} if thought else {})
-
-
-def _token_logprob(tokenizer: Tokenizer, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    def one(token: int, logprob: float) -> dict[str, Any]:
-        piece = tokenizer.piece(token)
-        return {"token": piece.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(piece)}
-
-    return {**one(token, logprob), "top_logprobs": [one(*t) for t in top]}
-
-
-def completion_logprobs(
-    tokenizer: Tokenizer, entries: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]], offset: int = 0
-) -> tuple[dict[str, Any], int]:
-    """The older format, four lists with an entry a token, and the offset of what comes next. A token that is no whole character is
-    written "bytes:\\xe6"."""
-
-    def name(token: int) -> str:
-        piece = tokenizer.piece(token)
-        try:
-            return piece.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{b:02x}" for b in piece)
-
-    found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token, logprob, top in entries:
-        found["tokens"].append(name(token))
-        found["token_logprobs"].append(None if logprob is None else finite(logprob))
-        told = {name(t): finite(p) for t, p in top}
-        found["top_logprobs"].append(None if logprob is None else told | {name(token): finite(logprob)})
-        found["text_offset"].append(offset)
-        offset += len(tokenizer.piece(token).decode("utf-8", "replace"))
-    return found, offset
 
 
 class Answers:
@@ -252,6 +165,10 @@ class Answers:
         fixed = {"object": name, "created": int(time.time()), "model": self.model, "system_fingerprint": self.fingerprint}
         return {"id": f"{kind}-{secrets.token_hex(12)}", **fixed}
 
+    def _thought(self, said: str) -> dict[str, str]:
+        """Under DeepSeek's name, and on request under OpenRouter's too."""
+        return {"reasoning_content": said} | ({"reasoning": said} if self.options.mirror_reasoning else {})
+
     async def whole_chat(self, body: ChatRequest, jobs: list[Job]) -> dict[str, Any]:
         voices = self.voices(jobs, raw=False)
         async for _ in self.said(jobs, voices):
@@ -259,7 +176,7 @@ class Answers:
         choices = []
         for i, voice in enumerate(voices[0]):
             thought = voice.transcript.reasoning
-            message = {"role": "assistant", "content": voice.transcript.text} | ({} if thought is None else {"reasoning_content": thought})
+            message = {"role": "assistant", "content": voice.transcript.text} | ({} if thought is None else self._thought(thought))
             logprobs = voice.chat_logprobs() if body.logprobs else None
             choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": voice.finish_reason})
         return {**self.head("chatcmpl", "chat.completion"), "choices": choices, "usage": self.usage(jobs, voices)}
@@ -280,7 +197,7 @@ class Answers:
                 yield PING
                 continue
             index, voice, *said = found
-            pieces = [{key: piece} for key, piece in zip(("reasoning_content", "content"), said, strict=True) if piece]
+            pieces = [*([self._thought(said[0])] if said[0] else []), *([{"content": said[1]}] if said[1] else [])]
             for delta in pieces:
                 own = voice.chat_logprobs(fresh=True) if body.logprobs and delta is pieces[-1] else None
                 yield chunk(index, delta, logprobs=own)
@@ -294,11 +211,6 @@ class Answers:
     def _echo(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, special=True)
 
-    def _prompt_entries(self, voice: Voice) -> list[tuple[int, float | None, list[tuple[int, float]]]]:
-        request = voice.first
-        top = request.prompt_top or [[]] * len(request.prompt)
-        return list(zip(request.prompt, request.prompt_logprobs, top, strict=False))
-
     async def whole_completion(self, body: CompletionRequest, jobs: list[Job]) -> dict[str, Any]:
         voices = self.voices(jobs, raw=True)
         async for _ in self.said(jobs, voices):
@@ -309,8 +221,8 @@ class Answers:
                 text = (self._echo(prompt) if body.echo else "") + voice.transcript.text
                 logprobs = None
                 if body.logprobs is not None:
-                    before = self._prompt_entries(voice) if body.echo else []
-                    logprobs, _ = completion_logprobs(self.tokenizer, [*before, *voice.entries()])
+                    before = voice.prompt_entries() if body.echo else []
+                    logprobs, _ = completion_logprobs(self.tokenizer, [*before, *voice.entries])
                 choices.append({"index": len(choices), "text": text, "logprobs": logprobs, "finish_reason": voice.finish_reason})
         return {**self.head("cmpl", "text_completion"), "choices": choices, "usage": self.usage(jobs, voices)}
 
@@ -327,15 +239,15 @@ class Answers:
                 yield PING
                 continue
             index, voice, _, text = found
-            before: list[Any] = []
+            before: list[Entry] = []
             if not echoed[index]:
                 text, echoed[index] = self._echo(body.prompts[index // n]) + text, True
-                before = self._prompt_entries(voice) if body.logprobs is not None else []
+                before = voice.prompt_entries() if body.logprobs is not None else []
             if not text and voice.finish_reason is None:
                 continue
             logprobs = None
             if body.logprobs is not None:
-                fresh = voice.entries()[given[index] :]
+                fresh = voice.entries[given[index] :]
                 given[index] += len(fresh)
                 logprobs, offsets[index] = completion_logprobs(self.tokenizer, [*before, *fresh], offsets[index])
             choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": voice.finish_reason}
@@ -392,4 +304,6 @@ def first_problem(errors: Sequence[Any]) -> ApiError:
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "json_invalid":
         param, message = None, "The body is not valid JSON."
+    elif param is None:
+        message = "The body must be a JSON object, with the content-type application/json."
     return ApiError(400, f"{param}: {message}" if param else message, param)

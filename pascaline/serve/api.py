@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -22,6 +23,7 @@ from pascaline.serve.stream import EventStream, Gone, until_gone
 from pascaline.serve.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": schema.ErrorAnswer, "description": "what is wrong with the request"},
     401: {"model": schema.ErrorAnswer, "description": "no key, or not a known one"},
@@ -60,7 +62,7 @@ def app(engine: Any, options: Options | None = None, page: Callable[[FastAPI, An
             yield
         finally:
             service.stop()
-            await service.join()
+            await service.join(30 if service.engine is not None else 0)  # who stops while it loads does not wait for it
 
     made = FastAPI(
         title="Pascaline", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None, separate_input_output_schemas=False
@@ -72,8 +74,20 @@ def app(engine: Any, options: Options | None = None, page: Callable[[FastAPI, An
     _generation(made, service, answers)
     _operation(made, service, answers, telemetry)
     if page is not None and options.ui and not options.api_key_file:
+        _close_methods(made)
         page(made, answers)
     return made
+
+
+def _close_methods(made: FastAPI) -> None:
+    """A page at "/" takes whatever no route takes, and so the other methods of our paths: they stay a 405."""
+    for route in [route for route in made.routes if isinstance(route, APIRoute)]:
+        allowed = {"Allow": ", ".join(sorted(route.methods or ()))}
+
+        async def refuse(_: Request, allowed: dict[str, str] = allowed) -> Response:
+            raise HTTPException(405, headers=allowed)
+
+        made.add_route(route.path, refuse, [m for m in METHODS if m not in (route.methods or ())], include_in_schema=False)
 
 
 def _errors(made: FastAPI) -> None:

@@ -3,6 +3,7 @@
 The browser holds the conversation and sends it back with each question; the server keeps nothing of it.
 """
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -61,7 +62,8 @@ def page(backend: Backend) -> gr.Blocks:
     script = (HERE / "page.js").read_text(encoding="utf-8")
     with gr.Blocks(title=f"{backend.model} - Pascaline", analytics_enabled=False, fill_width=True) as blocks:
         new, system, settings = _panel()
-        talk = gr.HTML({}, html_template="", js_on_load=script, apply_default_css=False, elem_id="talk", model=backend.model)
+        custom: dict[str, Any] = {"html_template": "", "js_on_load": script, "apply_default_css": False, "model": backend.model}
+        talk = gr.HTML(Conversation().model_dump(), elem_id="talk", **custom)
         with gr.Row(elem_id="composer"):
             shape: dict[str, Any] = {"lines": 1, "max_lines": 8, "submit_btn": True, "autofocus": True, "elem_id": "box"}
             box = gr.Textbox(label="Question", show_label=False, placeholder="Ask something", **shape)
@@ -93,7 +95,7 @@ def _settings(temperature: float, top_p: float, max_tokens: float, thinking: boo
 
 def _wire(backend: Backend, talk: gr.HTML, box: gr.Textbox, new: gr.Button, told: list[Any]) -> None:
     """What happens on Enter, Stop and New chat. told: the panel's components."""
-    stopped: dict[str | None, bool] = {}  # of the sessions that are being answered: whether the reader pressed Stop
+    running: dict[str | None, asyncio.Event] = {}  # by session: set when the reader presses Stop
 
     async def ask(request: gr.Request, question: str, value: Any, system: str, branches: float, *settings: Any) -> AsyncIterator[Any]:
         if not question.strip():
@@ -102,27 +104,28 @@ def _wire(backend: Backend, talk: gr.HTML, box: gr.Textbox, new: gr.Button, told
         session, turn, conversation = request.session_hash, _turn(question, branches), _conversation(value)
         messages = conversation.messages(system or "", turn.question)
         conversation.turns.append(turn)
-        stopped[session] = False
+        stopped = running[session] = asyncio.Event()
         yield conversation.model_dump(), gr.Textbox(value="", submit_btn=False, stop_btn=True)
         try:
-            async with aclosing(answer(backend, messages, turn, _settings(*settings), lambda: stopped[session])) as ticks:
+            async with aclosing(answer(backend, messages, turn, _settings(*settings), stopped.is_set)) as ticks:
                 async for _ in ticks:
                     yield conversation.model_dump(), gr.skip()
         finally:
-            del stopped[session]
+            if running.get(session) is stopped:
+                del running[session]
         yield conversation.model_dump(), gr.Textbox(submit_btn=True, stop_btn=False)
 
     def stop(request: gr.Request) -> None:
-        if request.session_hash in stopped:
-            stopped[request.session_hash] = True
+        if request.session_hash in running:
+            running[request.session_hash].set()
 
-    def clear() -> tuple[Any, ...]:
-        return {}, gr.Textbox(submit_btn=True, stop_btn=False)
+    def clear(value: Any) -> tuple[Any, ...]:
+        return Conversation(number=_conversation(value).number + 1).model_dump(), gr.Textbox(submit_btn=True, stop_btn=False)
 
     hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     asked = box.submit(ask, [box, talk, *told], [talk, box], concurrency_limit=None, **hidden)
     box.stop(stop, queue=False, **hidden)
-    new.click(clear, None, [talk, box], cancels=[asked], queue=False, **hidden)
+    new.click(clear, [talk], [talk, box], cancels=[asked], queue=False, **hidden)
 
 
 def _turn(question: str, branches: float) -> Turn:

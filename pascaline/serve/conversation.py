@@ -92,6 +92,9 @@ class Turn(Shown):
 
 
 class Conversation(Shown):
+    """number: New chat counts it up, so that the page knows an older one's last words when they come too late."""
+
+    number: int = 0
     turns: list[Turn] = []
 
     def messages(self, system: str, question: str) -> list[dict[str, str]]:

@@ -28,7 +28,8 @@ class Options:
     """name: the model's id. max_queue, max_queue_tokens: answers and prompt tokens that wait. max_prompt_tokens, max_tokens: of a request,
     0: what the context allows. max_n: answers of a prompt; max_body, max_headers: bytes. rate: requests a minute, concurrency: requests
     at once, both of one key (or of all clients where there are no keys), 0: no limit. price_per_hour: of the machine, in any currency.
-    ping_seconds: a stream that has nothing to say sends a comment so often. body_seconds: in which a body must arrive."""
+    ping_seconds: a stream that has nothing to say sends a comment so often. body_seconds: in which a body must arrive.
+    mirror_reasoning: thoughts are told as `reasoning` too."""
 
     name: str = "model"
     host: str = "127.0.0.1"
@@ -48,6 +49,7 @@ class Options:
     ping_seconds: float = 15.0
     body_seconds: float = 30.0
     price_per_hour: float = 0.0
+    mirror_reasoning: bool = False
     ui: bool = True
 
     def __post_init__(self) -> None:

@@ -156,15 +156,22 @@ const empty = make("div", "empty", make("h1", "", props.model), make("p", "", "A
 const list = element.appendChild(make("div", "talk"));
 list.setAttribute("aria-live", "polite");
 
+let shown = props.value;
+
 function draw() {
-  const turns = (props.value && props.value.turns) || [];
-  const root = document.scrollingElement;
-  const low = root.scrollHeight - root.scrollTop - root.clientHeight < 120;
-  const asked = turns.length > views.length;
-  if (turns.length < views.length) {
+  if (props.value.number < shown.number) { // the last words of a chat that was left for a new one
+    props.value = shown;
+    return;
+  }
+  if (props.value.number > shown.number) {
     views.length = 0;
     list.replaceChildren();
   }
+  shown = props.value;
+  const turns = shown.turns;
+  const root = document.scrollingElement;
+  const low = root.scrollHeight - root.scrollTop - root.clientHeight < 120;
+  const asked = turns.length > views.length;
   turns.forEach((turn, i) => {
     if (!views[i]) list.append((views[i] = new TurnView(turn)).node);
     views[i].draw(turn);

@@ -72,6 +72,7 @@ def _log() -> None:
         root.addHandler(handler)
         root.setLevel(logging.INFO)
         root.propagate = False
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it tells of every write to a client that has gone
 
 
 def _loopback(host: str) -> bool:
@@ -116,7 +117,7 @@ class Server(uvicorn.Server):
     def __init__(self, made: FastAPI, options: Options, port: int, told: Callable[[str], None]):
         quiet = {"version": 1, "disable_existing_loggers": False}
         settings: dict[str, Any] = {"log_config": quiet, "log_level": "warning", "access_log": False, "server_header": False, "ws": "none"}
-        super().__init__(uvicorn.Config(made, http="h11", h11_max_incomplete_event_size=options.max_headers + 1024, lifespan="on",
+        super().__init__(uvicorn.Config(made, http="h11", h11_max_incomplete_event_size=4 * options.max_headers, lifespan="on",
                                         timeout_graceful_shutdown=LAST_WORDS, **settings))  # fmt: skip
         self.options, self.port, self.told = options, port, told
         self.service: Service = made.state.service

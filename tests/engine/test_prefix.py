@@ -259,7 +259,7 @@ def test_logits_that_are_no_numbers_end_their_answer_alone(model, monkeypatch):
     place, take = model.head, engine._places
     asked: list = []
     monkeypatch.setattr(engine, "_places", lambda *a: asked.append(take(*a)) or asked[-1])
-    spoil = lambda h: torch.where(torch.tensor([[r is bad] for r, _, _ in asked[-1]]), torch.nan, place(h))  # noqa: E731
+    spoil = lambda h, cache: torch.where(torch.tensor([[r is bad] for r, _, _ in asked[-1]]), torch.nan, place(h, cache))  # noqa: E731
     monkeypatch.setattr(model, "head", spoil)
     engine.step()
     assert bad.finish_reason == "error" and "no numbers" in bad.error and bad.output.token_ids == []
@@ -274,7 +274,7 @@ def test_logits_that_are_no_numbers_end_their_answer_alone(model, monkeypatch):
 def test_a_failing_computation_ends_who_took_part_and_the_engine_goes_on(model, monkeypatch):
     engine = Engine(model, max_rows=1)
     first, second = engine.add(numbers(20, 1), GREEDY)[0], engine.add(numbers(20, 2), GREEDY)[0]
-    monkeypatch.setattr(model, "head", lambda h: 1 / 0)
+    monkeypatch.setattr(model, "head", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.step()
     assert first.finish_reason == "error" and second.finish_reason is None

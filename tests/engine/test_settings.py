@@ -120,7 +120,7 @@ def talker(script: str, tokenizer: Tokenizer) -> Engine:
         return torch.nn.functional.one_hot(torch.tensor(ids)[at], tokenizer.vocab_size).float() * 30, routings
 
     model.hidden = hidden
-    model.head = lambda h: h
+    model.head = lambda h, cache: h
     return Engine(model, tokenizer)
 
 

@@ -139,6 +139,22 @@ def test_a_tag_quoted_in_the_answer_stays_there(tokenizers):
             assert own.thought(prompt, ids)[1].strip() == "say </think> now"
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "opened"])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_without_thoughts_all_is_text(tokenizers, kind, data):
+    """For plain completions: tags are written out, stop strings fire anywhere, other special tokens are left out as ever."""
+    own = tokenizers[kind]
+    prompt = data.draw(st.sampled_from(prompts(own)))
+    ids = data.draw(st.one_of(st.lists(st.integers(0, own.vocab_size - 1), max_size=20), TEXT.map(lambda text: tagged(own, text))))
+    tags = own.tags(prompt)[2:]
+    whole = b"".join(own.piece(i) for i in ids if i in tags or not own.is_special(i)).decode("utf-8", "replace")
+    transcript = Transcript(own, prompt, thoughts=False)
+    assert read(transcript, ids, data.draw(st.lists(st.integers(0, 30), max_size=5))) == ("", whole)
+    assert transcript.reasoning is None and not transcript.thinking and transcript.reasoning_tokens == 0
+    assert read(Transcript(own, prompt, ["a"], thoughts=False), ids)[1] == whole.partition("a")[0]
+
+
 def test_ends_are_no_text(tokenizers):
     own = tokenizers["own"]
     letters = own.encode("xy")

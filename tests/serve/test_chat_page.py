@@ -111,9 +111,10 @@ class Page:
 
     def ask(self, question: str, state: str = "done") -> Any:
         """Ask; the last branch, once it is in that state."""
+        before = self.page.locator(".turn").count()
         self.box.fill(question)
         self.box.press("Enter")
-        self.page.locator(".question", has_text=question).last.wait_for()
+        self.page.locator(".turn").nth(before).wait_for()
         branch = self.page.locator(".branch").last
         self.page.wait_for_function("s => [...document.querySelectorAll('.branch')].at(-1)?.dataset.state === s", arg=state)
         return branch
@@ -156,6 +157,9 @@ def test_every_round_keeps_its_own_thought_and_the_model_reads_none(served, brow
         assert [(m["role"], m["content"]) for m in messages] == [
             ("system", "Be brief."), ("user", "sum"), ("assistant", "It is\n\n**4**"), ("user", "again"),
         ]  # fmt: skip
+        page.page.locator("#thinking input").uncheck()
+        page.ask("again")
+        assert served[1].asked[-1][1] == {**settings, "thinking": False}
         assert settings == {"temperature": 0.6, "top_p": 0.95, "max_tokens": 2048, "thinking": True, "max_thinking_tokens": None, "seed": 0}
 
 
@@ -185,7 +189,7 @@ def test_leaving_and_a_new_chat_stop_the_backend_too(served, browser, leave: str
             page.page.wait_for_selector(".empty")
             until(lambda: backend.running == 0)
             page.page.wait_for_timeout(300)
-            assert page.page.locator(".turn").count() == 0
+            assert page.page.locator(".turn").count() == 0, "what the old chat still said must not come back"
             page.ask("again")
             assert [m["role"] for m in backend.asked[-1][0]] == ["user"]
     until(lambda: backend.running == 0)
@@ -234,6 +238,7 @@ def test_a_phone_needs_no_sideways_scrolling(served, browser, scheme) -> None:
         page.ask("vote", "cut")
         page.page.locator(".branch.wins", has_text="winner").wait_for()
         assert page.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        assert page.page.evaluate("document.documentElement.scrollHeight - innerHeight - scrollY") <= 2, "what is new is in sight"
         for to in ("document.body.scrollHeight", "0"):
             page.page.evaluate(f"scrollTo(0, {to})")
             box = page.page.locator("#box").bounding_box()
@@ -272,7 +277,8 @@ def test_the_page_of_the_real_server_at_its_root_and_behind_a_proxy(browser, pre
     from pascaline.serve import api, chat
     from pascaline.serve.options import Options
 
-    engine = FakeEngine(lambda prompt, index: "first <i>this</i></think>The answer is 12.<|end|>")
+    said = "first <i>this</i></think>The answer is 12.<|end|>"
+    engine = FakeEngine(lambda prompt, index: "on and on" if "FOREVER" in prompt else said, delay=0.005)
     with serving(api.app(engine, Options(name="demo"), chat.mount)) as own, serving(proxy([own], prefix)) as outside:
         address = outside.rstrip("/") + prefix + "/"
         until(lambda: httpx.get(own + "ready").status_code == 200)
@@ -282,6 +288,11 @@ def test_the_page_of_the_real_server_at_its_root_and_behind_a_proxy(browser, pre
             branch.locator("summary").click()
             assert branch.locator(".thought-text").inner_text() == "first <i>this</i>"
             assert "think>" not in page.page.locator("body").inner_text(), "no tag is shown raw"
+            page.ask("FOREVER", "thinking")
+            page.stop()
+            page.page.wait_for_selector(".branch[data-state=stopped]")
+            until(lambda: engine.empty)
+            assert engine.cancelled == 1, "the engine itself has stopped"
         assert httpx.get(own + "v1/models").json()["data"][0]["id"] == "demo"
         assert httpx.get(own + "nope").json()["error"]["message"], "what is no page's is an error object of the API"
         assert httpx.get(own + "gradio_api/info").json()["error"]["message"]

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from pathlib import Path
 
+import httpx
 import pytest
 from fake import FakeEngine, connected
 from test_chat_completions import HI, URL
@@ -152,6 +153,34 @@ def test_only_json_is_read():
     asyncio.run(one())
 
 
+@pytest.mark.parametrize("keys", [False, True])
+def test_a_page_takes_nothing_from_the_api(key_file, keys):
+    """Mounted last it takes what is left, but no method of the API's paths; with keys it is not there, for it would be a way around."""
+    from starlette.responses import PlainTextResponse
+
+    from pascaline.serve.api import app
+
+    engine = FakeEngine()
+    made = app(engine, Options(api_key_file=key_file if keys else None), lambda made, _: made.mount("/", PlainTextResponse("page")))
+    headers = {"authorization": f"Bearer {KEYS[0]}"} if keys else {}
+
+    async def one():
+        transport = httpx.ASGITransport(made)
+        async with (
+            made.router.lifespan_context(made),
+            httpx.AsyncClient(transport=transport, base_url="http://x", headers=headers) as client,
+        ):
+            assert ((await client.get("/")).text == "page") != keys
+            assert ((await client.get("/other")).text == "page") != keys
+            assert (await client.get("/version")).json()["version"]
+            for method, path in (("GET", URL), ("DELETE", "/v1/models"), ("POST", "/metrics"), ("OPTIONS", URL), ("PUT", "/v1/models/a/b")):
+                answer = await client.request(method, path)
+                assert answer.status_code == 405 and answer.headers["allow"] == ("POST" if path == URL else "GET")
+                assert answer.json()["error"]["type"] == "invalid_request_error"
+
+    asyncio.run(one())
+
+
 def test_a_full_queue():
     """serving.md C 13: a queue without end grew until the memory was full; here answers and prompt tokens are counted: 429."""
 
@@ -237,6 +266,37 @@ def test_the_log_has_one_line_a_request_and_no_prompt(caplog):
         asyncio.run(one())
     assert any("\\r\\nINFO forged" in r.getMessage() for r in caplog.records)
     assert not any("\n" in r.getMessage() or "secret" in r.getMessage() for r in caplog.records)
+
+
+def test_nothing_here_can_unpickle_run_or_fetch():
+    """CVE-2025-32444, -29783, -30165, -47277, CVE-2024-11041, CVE-2026-3059 and more (pickle on sockets), CVE-2025-62164 and
+    -24357 (tensors from a request), CVE-2025-9141 (eval), CVE-2025-66448 (code of a model's folder), CVE-2025-6242 (fetching)."""
+    import ast
+
+    import pascaline.serve
+
+    banned = {
+        "pickle",
+        "marshal",
+        "shelve",
+        "dill",
+        "cloudpickle",
+        "requests",
+        "httpx",
+        "urllib",
+        "http",
+        "aiohttp",
+        "subprocess",
+        "zmq",
+        "yaml",
+    }
+    for path in Path(pascaline.serve.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert not banned & {name.partition(".")[0] for name in names}, path
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "compile", "__import__"), path
 
 
 def test_options_have_bounds():
