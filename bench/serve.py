@@ -9,6 +9,7 @@ serve. Every server has a process of its own and is stopped (SIGSTOP) while anot
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import random
 import signal
 import statistics
@@ -152,6 +153,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 chats, one round")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers must not outlive this
+    if any("transformers" in name for name in options.only or ["transformers"]) and not importlib.util.find_spec("accelerate"):
+        raise SystemExit("`transformers serve` needs accelerate: pip install 'transformers[serving]', or name others with --only.")
     chats, rounds = (8, 1) if options.quick else (options.chats, options.rounds)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)

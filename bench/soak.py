@@ -23,7 +23,7 @@ from _common import finish
 from _load import MIXTURE, Reply, chat, free_port, make_folder, pascaline, quantile, server
 
 ROWS, QUEUE = 32, 64  # answers computed at once, and that may wait
-CLIENTS = 144  # at a time, half as many again as the server takes
+CLIENTS = 112  # at a time, more than the server takes
 KINDS = {"short": 0.45, "long": 0.2, "cancelled": 0.2, "invalid": 0.1, "several": 0.05}
 INVALID: list[dict[str, Any] | bytes] = [
     {"messages": []},
@@ -52,25 +52,34 @@ def body(draw: random.Random, kind: str, context: int) -> dict[str, Any] | bytes
 
 
 class Load:
-    """So many clients, each with one chat after the other until the time is over and enough were sent."""
+    """So many clients, each with one chat after the other until the time is over and enough have been answered."""
 
-    def __init__(self, port: int, context: int, kinds: dict[str, float], seed: int):
-        self.port, self.context, self.kinds, self.draw = port, context, kinds, random.Random(seed)
+    def __init__(self, port: int, context: int, seed: int):
+        self.port, self.context, self.draw = port, context, random.Random(seed)
         self.replies: list[tuple[str, Reply]] = []
+        self.answered = 0
+        self.written = 0.0  # tokens per second while all clients were there
+        self.memory: list[float] = []  # MiB, ten times a tenth of that time
 
-    async def run(self, clients: int, seconds: float, least: int = 0) -> float:
-        """Seconds that it took."""
-        began = time.perf_counter()
-        self.end, self.least = began + seconds, least
-        await asyncio.gather(*(self.client() for _ in range(clients)))
-        return time.perf_counter() - began
+    async def run(self, clients: int, seconds: float, least: int, pid: int) -> None:
+        self.least, self.over = least, False
+        running = [asyncio.create_task(self.client()) for _ in range(clients)]
+        began, before = time.perf_counter(), metrics(self.port)
+        while not self.over:
+            self.memory.append(resident(pid))
+            await asyncio.sleep(seconds / 100)
+            self.over = time.perf_counter() - began >= seconds and self.answered >= least
+        took, after = time.perf_counter() - began, await asyncio.to_thread(metrics, self.port)
+        self.written = (after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]) / took
+        await asyncio.gather(*running)
 
     async def client(self) -> None:
-        while time.perf_counter() < self.end or len(self.replies) < self.least:
-            (kind,) = self.draw.choices(list(self.kinds), list(self.kinds.values()))
+        while not self.over:
+            (kind,) = self.draw.choices(list(KINDS), list(KINDS.values()))
             leave = self.draw.uniform(0.0, 2.0) if kind == "cancelled" else None
             reply = await chat(self.port, body(self.draw, kind, self.context), leave)
             self.replies.append((kind, reply))
+            self.answered += reply.status != 429
             if reply.status == 429:
                 await asyncio.sleep(self.draw.uniform(1.0, 2.0))  # its Retry-After says 1
 
@@ -111,22 +120,6 @@ def resident(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024  # type: ignore[index]
 
 
-async def watch(pid: int, seconds: float, found: list[tuple[float, float]]) -> None:
-    """(seconds, MiB resident), ten times a tenth, from now on."""
-    began = time.perf_counter()
-    while True:
-        found.append((time.perf_counter() - began, resident(pid)))
-        await asyncio.sleep(seconds / 100)
-
-
-async def overload(pid: int, load: Load, seconds: float, least: int) -> tuple[float, list[tuple[float, float]]]:
-    memory: list[tuple[float, float]] = []
-    watching = asyncio.create_task(watch(pid, seconds, memory))
-    took = await load.run(CLIENTS, seconds, least)
-    watching.cancel()
-    return took, memory
-
-
 def idle(port: int, seconds: float = 30.0) -> dict[str, float]:
     """The metrics once all are gone; a last short chat shows that the server still answers, and makes the engine count again."""
     reply = asyncio.run(chat(port, body(random.Random(0), "short", 64)))
@@ -143,20 +136,17 @@ def idle(port: int, seconds: float = 30.0) -> dict[str, float]:
 
 def soak(folder: Path, port: int, pid: int, seconds: float, least: int) -> dict[str, Any]:
     context = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
-    peaks = []
-    for turn in range(3):  # the first is to warm up
-        before, load = metrics(port), Load(port, context, KINDS, turn)
-        took = asyncio.run(load.run(ROWS, max(seconds / 20, 5)))
+    loads = [Load(port, context, seed) for seed in range(4)]
+    for load in loads[:-1]:  # the first is to warm up
+        asyncio.run(load.run(ROWS, max(seconds / 20, 5), 0, pid))
         load.check()
-        peaks.append((metrics(port)["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]) / took)
-    before, load = metrics(port), Load(port, context, KINDS, 3)
-    took, memory = asyncio.run(overload(pid, load, seconds, least))
-    after = metrics(port)
-    ends = load.check()
-    held = idle(port)
-    tenths = [max(mib for at, mib in memory if at <= took * tenth / 10) for tenth in range(1, 11)]
-    peak = max(peaks[1:])
-    written = (after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]) / took
+    before, load = metrics(port), loads[-1]
+    began = time.perf_counter()
+    asyncio.run(load.run(CLIENTS, seconds, least, pid))
+    took, after = time.perf_counter() - began, metrics(port)
+    ends, held = load.check(), idle(port)
+    count, peak = len(load.memory), max(calm.written for calm in loads[1:-1])
+    tenths = [load.memory[min(count * tenth // 10, count - 1)] for tenth in range(1, 11)]
     first = [1000 * reply.first for _, reply in load.replies if reply.first is not None]
     return {
         "requests": len(load.replies),
@@ -166,8 +156,8 @@ def soak(folder: Path, port: int, pid: int, seconds: float, least: int) -> dict[
         "growth": tenths[-1] / tenths[0] - 1,
         "step_ms": {f"p{q}": 1000 * step_quantile(before, after, q / 100) for q in (50, 99)},
         "first_token_ms": {"p50": quantile(first, 0.5), "p99": quantile(first, 0.99)},
-        "written_per_s": {"peak": peak, "overload": written},
-        "of_the_peak": written / peak,
+        "written_per_s": {"peak": peak, "overload": load.written},
+        "of_the_peak": load.written / peak,
         "held_at_the_end": held,
         "floor": {"growth": 0.05, "of_the_peak": 0.9},
     }
