@@ -15,7 +15,9 @@ from torch import Tensor
 from pascaline.engine.blocks import BLOCK
 from pascaline.model.attention import Part
 from pascaline.model.config import ModelConfig
+from pascaline.model.paged import attend_paged
 
+FEW = 4  # new tokens of a row, up to which a kernel that reads its entries for each of them is the better one
 MASK = 1 << 22  # numbers in the mask of a part with more than one row
 
 
@@ -68,6 +70,14 @@ class Batch:
         """All entries of a part's rows, [P, S, C]."""
         P, W = part.blocks_PW.shape
         return self.pool[layer].index_select(0, part.blocks_PW.reshape(-1)).view(P, W * BLOCK, -1)
+
+    @property
+    def few(self) -> bool:
+        return int(self.counts.max()) <= FEW
+
+    def attend(self, layer: int, q_nHC: Tensor, value_width: int, scale: float) -> Tensor:
+        """Each token's attention to its row's entries where they lie, [n, H, value_width]."""
+        return attend_paged(q_nHC, self.pool[layer], self.tables_rW, self.row_n, self.position_n, value_width, scale)
 
     @property
     def parts(self) -> list[Part]:

@@ -6,7 +6,6 @@ The engine calls the trainer's own modules with the weights in memory, so an upd
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,30 +21,11 @@ from pascaline.engine.request import Output, Request, Top
 from pascaline.engine.sampler import Sampling, draw
 from pascaline.engine.scheduler import Scheduler
 from pascaline.engine.speculate import Speculation
+from pascaline.engine.stats import Stats
 from pascaline.errors import BadInput
 from pascaline.model import hf, native
 from pascaline.model.transformer import Model
 from pascaline.tokenizer import Tokenizer
-
-
-@dataclass
-class Stats:
-    """Counts over the engine's life, and how it stands now (running, waiting, blocks_used; step_seconds: the last step's)."""
-
-    steps: int = 0
-    prefilled: int = 0  # prompt tokens computed
-    generated: int = 0
-    prefix_queries: int = 0  # prompt tokens looked up ...
-    prefix_hits: int = 0  # ... and found
-    preemptions: int = 0
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    running: int = 0
-    waiting: int = 0
-    blocks: int = 0
-    blocks_used: int = 0
-    step_seconds: float = 0.0
 
 
 class Engine:
@@ -76,7 +56,7 @@ class Engine:
         self.max_rows = min(max_rows, max_batch_tokens)
         self.max_batch_tokens, self.prefix_reuse = max_batch_tokens, prefix_reuse
         self.speculation = Speculation(model) if speculate and model.config.num_nextn_predict_layers else None
-        self.stats = Stats()
+        self._stats = Stats()
         self.paused = False
         self._pool: Tensor | None = None
         self._blocks = Blocks(self._total_blocks(cache_memory))
@@ -137,6 +117,15 @@ class Engine:
         """Whether something waits or runs."""
         return bool(self.scheduler.waiting or self.scheduler.running)
 
+    @property
+    def stats(self) -> Stats:
+        """As of now."""
+        s, scheduler = self._stats, self.scheduler
+        s.preemptions, s.prefix_queries, s.prefix_hits = scheduler.preemptions, scheduler.queries, scheduler.hits
+        s.prefilled, s.running, s.waiting = scheduler.prefilled, len(scheduler.running), scheduler.queued
+        s.blocks, s.blocks_used = self._blocks.total - 1, self._blocks.used
+        return s
+
     def cancel(self, request: Request) -> None:
         """End it now; its blocks are free when this returns. Nothing happens if it has ended."""
         if request.finish_reason is None:
@@ -195,7 +184,7 @@ class Engine:
         if not self.scheduler.running and native.take():
             self.flush()  # what PyTorch computed has other bits
         began, plan = time.perf_counter(), self.scheduler.plan()
-        before = self.stats.generated
+        before = self._stats.generated
         drafted = any(request.draft for request, _ in plan)
         decoding = all(count == 1 + len(request.draft) for request, count in plan)
         try:
@@ -207,8 +196,8 @@ class Engine:
             raise
         seconds = time.perf_counter() - began
         if self.speculation is not None and decoding and plan:
-            self.speculation.timed(batch_width(len(plan)), max(self.stats.generated - before, 1), seconds, drafted)
-        self._account(seconds)
+            self.speculation.timed(batch_width(len(plan)), max(self._stats.generated - before, 1), seconds, drafted)
+        self._stats.steps, self._stats.step_seconds = self._stats.steps + 1, seconds
         return touched
 
     def _compute(self, plan: list[tuple[Request, int]]) -> list[Request]:
@@ -292,12 +281,12 @@ class Engine:
             if request.sampling.top_logprobs:
                 request.top_logprobs.append(top)
             request.first_token = request.first_token or now
-            self.stats.generated += 1
+            self._stats.generated += 1
             if guess < len(request.draft):
-                self.stats.drafts += guess == 0
-                self.stats.draft_tokens += 1
+                self._stats.drafts += guess == 0
+                self._stats.draft_tokens += 1
                 if request.draft[guess] == token:
-                    self.stats.accepted_tokens += 1
+                    self._stats.accepted_tokens += 1
                     request.computed += 1
                 else:
                     request.draft = request.draft[:guess]
@@ -390,14 +379,6 @@ class Engine:
     def _look_at_weights(self) -> None:
         if self._fingerprint() != self._weights:
             self.update_weights()
-
-    def _account(self, seconds: float) -> None:
-        s, scheduler = self.stats, self.scheduler
-        s.steps, s.step_seconds = s.steps + 1, seconds
-        s.preemptions, s.prefix_queries, s.prefix_hits = scheduler.preemptions, scheduler.queries, scheduler.hits
-        s.prefilled = scheduler.prefilled
-        s.running, s.waiting = len(scheduler.running), scheduler.queued
-        s.blocks, s.blocks_used = self._blocks.total - 1, self._blocks.used
 
 
 def _tops(log_p_nV: Tensor, most: int) -> list[Top]:

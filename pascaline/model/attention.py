@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pascaline.model import native
 from pascaline.model.config import ModelConfig
+from pascaline.model.paged import lacking
 from pascaline.model.rope import rotate, rotate_halves
 
 if TYPE_CHECKING:
@@ -50,6 +51,15 @@ class Cache(Protocol):
 
     @property
     def parts(self) -> Sequence[Part]: ...
+
+    @property
+    def few(self) -> bool:
+        """Whether no row has more than a few new tokens, as it is while all decode."""
+        ...
+
+    def attend(self, layer: int, q_nHC: Tensor, value_width: int, scale: float) -> Tensor:
+        """Attention of each token to its row's entries where they lie, [n, H, value_width]: pascaline.model.paged."""
+        ...
 
     def append(self, layer: int, entries_nC: Tensor) -> None:
         """Store the new tokens' entries ([latent | rotary key], or [keys | values])."""
@@ -107,6 +117,9 @@ class LatentAttention(nn.Module):
         q_rope, k_rope = rotate(torch.cat((q_rope, k_rope.unsqueeze(2)), 2), turn).split([c.num_attention_heads, 1], 2)
         if cache is not None:
             cache.append(self.layer, torch.cat((latent, k_rope.squeeze(2)), -1)[0])
+            if cache.few and not lacking(x_BTD.device):
+                queries_nHC = self._absorb(q_nope, q_rope)[0]
+                return self.o_proj(self._release(cache.attend(self.layer, queries_nHC, c.kv_lora_rank, c.attention_scale))[None])
 
             def attend_part(part: Part, queries: list[Tensor]) -> Tensor:
                 return self._stored(queries[0], queries[1], cache.entries(self.layer, part), part.mask_PTS)
@@ -141,16 +154,25 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entries_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
         """(q W_UK) . latent equals q . (W_UK latent): attend in the latent space, expand only the result. [B, T, H*V]."""
-        c = self.config
-        B, T, H, N = q_nope.shape
-        w_HMR = self.kv_b_proj.weight.view(H, N + c.v_head_dim, c.kv_lora_rank)
-        q_lat = torch.matmul(q_nope.reshape(B * T, H, N).transpose(0, 1), w_HMR[:, :N])  # [H, B*T, R]
-        q = torch.cat((q_lat.transpose(0, 1).reshape(B, T, H, -1), q_rope), -1).view(B, T * H, -1)
+        B, T, H, _ = q_nope.shape
         # All heads are queries of one head, whose keys and values are both the entries.
         mask_BQS = mask_BTS if T == 1 else mask_BTS.repeat_interleave(H, 1)
-        mixed = attend_latent(q, entries_BSC, mask_BQS, c.attention_scale)[..., : c.kv_lora_rank].reshape(B * T, H, -1)
-        out = torch.matmul(mixed.transpose(0, 1), w_HMR[:, N:].transpose(1, 2))  # [H, B*T, V]
-        return out.transpose(0, 1).reshape(B, T, H * c.v_head_dim)
+        q = self._absorb(q_nope, q_rope).flatten(1, 2)
+        mixed = attend_latent(q, entries_BSC, mask_BQS, self.config.attention_scale)[..., : self.config.kv_lora_rank]
+        return self._release(mixed.reshape(B * T, H, -1)).view(B, T, -1)
+
+    def _absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """Queries in the latent space beside the rotary ones, [B, T, H, R+P]."""
+        B, T, H, N = q_nope.shape
+        up_HNR = self.kv_b_proj.weight.view(H, -1, self.config.kv_lora_rank)[:, :N]
+        latent_HnR = torch.matmul(q_nope.reshape(B * T, H, N).transpose(0, 1), up_HNR)
+        return torch.cat((latent_HnR.transpose(0, 1).reshape(B, T, H, -1), q_rope), -1)
+
+    def _release(self, mixed_nHR: Tensor) -> Tensor:
+        """From the latent space to the heads' values, [n, H*V]."""
+        c, (n, H, _) = self.config, mixed_nHR.shape
+        down_HRV = self.kv_b_proj.weight.view(H, -1, c.kv_lora_rank)[:, c.qk_nope_head_dim :].transpose(1, 2)
+        return torch.matmul(mixed_nHR.transpose(0, 1), down_HRV).transpose(0, 1).reshape(n, H * c.v_head_dim)
 
 
 class GroupedAttention(nn.Module):
@@ -178,6 +200,8 @@ class GroupedAttention(nn.Module):
         q, k = rotate_halves(torch.cat((q, k), 2), turn).split([c.num_attention_heads, c.kv_heads], 2)
         if cache is not None:
             cache.append(self.layer, torch.cat((k.flatten(2), v.flatten(2)), -1)[0])
+            if cache.few and not lacking(x_BTD.device):
+                return self.o_proj(cache.attend(self.layer, q[0], c.qk_head_dim, c.attention_scale).flatten(1)[None])
 
             def attend_part(part: Part, queries: list[Tensor]) -> Tensor:
                 return self._stored(queries[0], cache.entries(self.layer, part), part.mask_PTS)

@@ -126,6 +126,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.deadline is not None:
+            logging.getLogger("uvicorn.error").disabled = True  # it would show what it was in the middle of
             self.should_exit = self.force_exit = True
             return
         self.service.draining = True

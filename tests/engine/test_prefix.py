@@ -248,7 +248,8 @@ def test_all_cancelled_in_any_order(model):
     engine.step()
     for request in group:
         engine.cancel(request)
-    assert not engine.busy and engine._blocks.used == 0 and engine.scheduler.queued == 0
+    assert not engine.busy and engine.scheduler.queued == 0
+    assert engine.stats.running == engine.stats.waiting == engine.stats.blocks_used == 0  # at once, not after another step
 
 
 def test_logits_that_are_no_numbers_end_their_answer_alone(model, monkeypatch):

@@ -11,6 +11,7 @@ from tiny import tiny_model
 from pascaline.engine import Engine, Sampling
 from pascaline.engine.blocks import BLOCK
 from pascaline.engine.speculate import Speculation
+from pascaline.model import native
 
 KINDS = {
     "latent": dict(num_nextn_predict_layers=1),
@@ -33,12 +34,19 @@ def asked() -> list[tuple[list[int], Sampling]]:
     return found
 
 
-def alone(model, prompt, settings) -> list[list[int]]:
-    return [o.token_ids for o in Engine(model, prefix_reuse=False).generate([prompt], settings)[0]]
+def alone(model, prompt, settings) -> list[tuple[list[int], list[float]]]:
+    return [(o.token_ids, o.logprobs) for o in Engine(model, prefix_reuse=False).generate([prompt], settings)[0]]
 
 
+@pytest.mark.parametrize("by", ["kernels", "PyTorch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_schedules_give_the_same_tokens(kind, monkeypatch):
+def test_random_schedules_give_the_same_tokens(kind, by, kernels, monkeypatch):
+    """And by the kernels the same log-probabilities, bit for bit."""
+    if by == "kernels" and kernels:
+        pytest.skip(kernels)
+    if by == "PyTorch":
+        monkeypatch.setattr(native, "_library", None)
+        monkeypatch.setattr(native, "take", lambda: False)
     model = tiny_model(max_position_embeddings=256, **KINDS[kind])
     with torch.no_grad():
         model.head_weight.mul_(0.3)
@@ -66,7 +74,9 @@ def test_random_schedules_give_the_same_tokens(kind, monkeypatch):
                 engine.flush()
             engine.step()
         for which, group in groups:
-            assert [r.token_ids for r in group] == expected[which], (trial, which)
+            assert [r.token_ids for r in group] == [tokens for tokens, _ in expected[which]], (trial, which)
+            exactly = (lambda x: x) if by == "kernels" else (lambda x: pytest.approx(x, abs=1e-4))
+            assert all(r.logprobs == exactly(logprobs) for r, (_, logprobs) in zip(group, expected[which], strict=True)), (trial, which)
         assert engine._blocks.used == 0
         seen = {name: count + getattr(engine.stats, name) for name, count in seen.items()}
     assert all(seen[name] for name in ("preemptions", "prefix_hits")), seen

@@ -53,10 +53,14 @@ def test_absorbed_is_expanded(changes, rows):
 FAMILIES = [*SHAPES, dict(model_type="llama"), dict(model_type="qwen2", num_key_value_heads=1), dict(model_type="qwen3", head_dim=8)]
 
 
+@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("changes", FAMILIES)
 @torch.no_grad()
-def test_steps_of_any_size_are_the_full_forward(changes, monkeypatch):
-    """Four texts on a pool of blocks, in random chunks and company; two share the blocks of their common beginning."""
+def test_steps_of_any_size_are_the_full_forward(changes, paged, monkeypatch):
+    """Four texts on a pool of blocks, in random chunks and company; two share the blocks of their common beginning. paged: as where there
+    is a kernel that reads the entries where they lie (here in its plain form)."""
+    if paged:
+        monkeypatch.setattr(attention, "lacking", lambda device: "")
     model, draw = tiny_model(**changes), random.Random(1)
     texts = [randint(61, 40, seed=i) for i in range(3)]
     texts.append(torch.cat((texts[1][:BLOCK], randint(61, 23, seed=9))))
@@ -75,8 +79,8 @@ def test_steps_of_any_size_are_the_full_forward(changes, monkeypatch):
         for i, n, own in zip(rows, counts, hidden[0].split(counts), strict=True):
             assert relative_error(own, full[i][at[i] : at[i] + n]) < 1e-4
             at[i] += n
-        sizes.add(len(batch.parts))
-    assert len(sizes) > 1  # steps of one part and of several
+        sizes.add((len(batch.parts), batch.few))
+    assert {few for _, few in sizes} == {True, False} and len({parts for parts, _ in sizes}) > 1
     assert not pool[:, [0, 7, 8, 13]].any()  # nobody's blocks
 
 

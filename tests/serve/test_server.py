@@ -1,5 +1,6 @@
 """The process: how it starts, what it refuses, how it ends."""
 
+import http.client
 import json
 import os
 import signal
@@ -46,6 +47,8 @@ class Process:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+        except http.client.HTTPException:  # cut off
+            return 0, ""
 
     def begin(self, **body: Any) -> tuple[threading.Thread, list[tuple[int, str]]]:
         """A request in a thread, once it runs."""
@@ -82,6 +85,17 @@ def test_the_deadline_cuts_what_still_runs():
     thread.join(30)
     assert answers[0][0] == 200 and '"error":{"message":"The server is shutting down."' in answers[0][1]
     assert server.process.wait(30) == 0
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_says_nothing():
+    server = Process(drain=60)
+    thread, _ = server.begin(max_tokens=400, stream=True)
+    os.kill(server.process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    os.kill(server.process.pid, signal.SIGINT)
+    _, said = server.process.communicate(timeout=30)
+    thread.join()
+    assert "Traceback" not in said and server.process.returncode in (0, 130, -signal.SIGINT)
 
 
 def test_what_cannot_be_served_is_said_in_a_sentence(tmp_path):
