@@ -86,6 +86,7 @@ def bodies(tokenizer: Tokenizer, count: int, system: int, seed: int) -> list[dic
             ],
             "max_tokens": draw.randint(16, 192),
             "temperature": 1.0,
+            "top_p": 1.0,
             "seed": i,
             "stream": True,
             "stream_options": {"include_usage": True},

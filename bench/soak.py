@@ -47,7 +47,7 @@ def body(draw: random.Random, kind: str, context: int) -> dict[str, Any] | bytes
     said = " ".join([*shared, *(draw.choice(("make", "12", "from", "6", "and", "the", "mat")) for _ in range(size // 2))])
     most = draw.randint(context // 8, context // 4) if kind in ("long", "cancelled") else draw.randint(1, context // 16)
     more = {"n": 4} if kind == "several" else {}
-    how = {"max_tokens": most, "temperature": 1.0, "seed": draw.randrange(1 << 30), "stream": True, "ignore_eos": True}
+    how = {"max_tokens": most, "temperature": 1.0, "top_p": 1.0, "seed": draw.randrange(1 << 30), "stream": True, "ignore_eos": True}
     return {"messages": [{"role": "user", "content": said}], **how, **more, "stream_options": {"include_usage": True}}
 
 
