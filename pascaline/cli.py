@@ -297,9 +297,7 @@ def data_trace(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[
-        str, typer.Argument(help="train, decode, data, demo, exchange, head, kernels, memory, mla, moe, muon, ranks or stability")
-    ],
+    name: Annotated[str, typer.Argument(help="train, decode, serve, soak, data, demo, ... (a wrong name lists them)")],
 ) -> None:
     """Measure against a peer in one run (scripts in bench/ of the repository). Options follow the name: --json, ..."""
     from pascaline.errors import nearest

@@ -1,10 +1,13 @@
 """Small random models for the tests."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from pascaline.model.config import ModelConfig
 from pascaline.model.transformer import Model
+from pascaline.tokenizer import Tokenizer, train
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -51,3 +54,39 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected magnitude."""
     found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A byte alphabet with a few merges, the special tokens and our chat template."""
+    return train(["Make 12 from 6, 6. The answer is 12.", "abc def the cat sat on the mat"] * 3, 300)
+
+
+@torch.no_grad()
+def talker(tokenizer: Tokenizer, seed: int = 0, closes: float = 4.0, ends: float = 0.7, **changes) -> Model:
+    """A random model that says letters, and now and then closes its thought or ends its turn, so many times as often as it says one letter.
+
+    The first channel of its residual stream is a constant, which makes the head's first column a bias.
+    """
+    sizes = dict(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, eos_token_id=tokenizer.end, bos_token_id=tokenizer.begin)
+    model = tiny_model(seed, **{**sizes, **changes})
+    for name, tensor in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            tensor[..., 0, :] = 0.0
+    model.model.embed_tokens.weight[:, 0] = 12.0
+    model.model.norm.weight[0] = 1.0
+    bias = torch.full((tokenizer.vocab_size,), -8.0)
+    bias[[tokenizer.encode(letter)[0] for letter in LETTERS]] = 0.0
+    bias[tokenizer.unthink], bias[tokenizer.end] = torch.tensor([closes, ends]).log()
+    model.lm_head.weight[:, 0] = bias / 4
+    return model
+
+
+def tiny_folder(folder: Path, **changes) -> Path:
+    """A talker and its tokenizer as a model folder."""
+    tokenizer = tiny_tokenizer()
+    talker(tokenizer, **changes).save(folder)
+    tokenizer.save(folder)
+    return folder
