@@ -20,6 +20,10 @@ def ask(engine: FakeEngine, body: dict[str, Any], url: str = URL, **options: Any
     async def one() -> Any:
         async with connected(engine, **options) as client:
             answer = await client.post(url, json=body)
+            for _ in range(300):  # what is cancelled is so before the engine's next step, not before the answer
+                if engine.empty:
+                    break
+                await asyncio.sleep(0.01)
             assert engine.empty and not client.app.state.service.jobs
             return answer
 
