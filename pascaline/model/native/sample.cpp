@@ -1,6 +1,7 @@
 // From logits to tokens: what engine/sampler.py says in PyTorch, a row at a time, each alone.
 #include <algorithm>
 #include <functional>
+#include <numeric>
 #include <vector>
 #include "lanes.hpp"
 
@@ -92,29 +93,53 @@ static i64 race(const float* p, const uint64_t* id, i64 count, uint64_t key) {
 
 // What the cuts leave: `p` and `id` get the kept ones, best first; how many.
 static i64 keep(float* p, uint64_t* id, i64 V, float sum, const Cut& cut) {
-    const float most = *std::max_element(p, p + V), floor = cut.min_p * (most / sum);
-    std::vector<std::pair<float, uint64_t>> heap;
-    heap.reserve(V);
-    for (i64 v = 0; v < V; v++)
-        if (p[v] / sum >= floor) heap.emplace_back(p[v] / sum, ~uint64_t(v));  // of those alike the first comes first
-    std::make_heap(heap.begin(), heap.end());
-    float mass = 1.0f, before = 0.0f;
+    float floor = cut.min_p * *std::max_element(p, p + V), mass = sum, ahead = 0.0f;
     const i64 most_kept = cut.top_k > 0 && cut.top_k < V ? cut.top_k : V;
     if (most_kept < V) {  // top_p is of what top_k leaves, those below min_p among it
-        std::vector<float> ranked(p, p + V);
-        std::nth_element(ranked.begin(), ranked.begin() + most_kept, ranked.end(), std::greater<float>());
+        static thread_local std::vector<float> ranked;
+        ranked.assign(p, p + V);
+        std::nth_element(ranked.begin(), ranked.begin() + most_kept - 1, ranked.end(), std::greater<float>());
         std::sort(ranked.begin(), ranked.begin() + most_kept, std::greater<float>());
-        mass = 0.0f;
-        for (i64 k = 0; k < most_kept; k++) mass += ranked[k] / sum;
+        mass = std::accumulate(ranked.begin(), ranked.begin() + most_kept, 0.0f);
+        floor = std::max(floor, ranked[most_kept - 1]);
     }
+    std::vector<std::pair<float, uint64_t>> heap;
+    for (i64 v = 0; v < V; v++)
+        if (p[v] >= floor) heap.emplace_back(p[v], ~uint64_t(v));  // of those alike the first comes first
+    std::make_heap(heap.begin(), heap.end());
     i64 count = 0;
-    while (!heap.empty() && count < most_kept && before < cut.top_p * mass) {
+    while (!heap.empty() && count < most_kept && ahead < cut.top_p * mass) {
         std::pop_heap(heap.begin(), heap.end());
         p[count] = heap.back().first, id[count++] = ~heap.back().second;
-        before += heap.back().first;
+        ahead += heap.back().first;
         heap.pop_back();
     }
     return count;
+}
+
+// What the tokens hold that come before token c, best first, of those alike the first.
+static float before(const float* p, i64 V, i64 c) {
+    const float own = p[c];
+    Lanes sum = {};
+    for (i64 k = 0; k < V; k += LANES) {
+        Lanes v = load_some(p + k, V - k);
+        sum += v > own ? v : Lanes{};
+    }
+    return total(sum) + own * float(std::count(p, p + c, own));
+}
+
+constexpr int TRIES = 16;
+
+// The race of those that top_p and min_p leave, without sorting: the winner of all is mostly among them, and if it is not, the next is.
+// Who is taken out has less than any that is left in, so it is missed by none of them. -1 after TRIES.
+static i64 race_and_look(float* p, i64 V, float sum, const Cut& cut, uint64_t key) {
+    const float floor = cut.min_p * *std::max_element(p, p + V);
+    for (int i = 0; i < TRIES; i++) {
+        const i64 c = race(p, nullptr, V, key);
+        if (p[c] >= floor && before(p, V, c) < cut.top_p * sum) return c;
+        p[c] = 0.0f;
+    }
+    return -1;
 }
 
 static i64 draw(const float* x, i64 V, float temperature, const Cut& cut, uint64_t key) {
@@ -127,6 +152,10 @@ static i64 draw(const float* x, i64 V, float temperature, const Cut& cut, uint64
     if (temperature == 0.0f) return best;
     const float sum = exponents(x, V, most, temperature, p);
     if (cut.top_p >= 1.0f && cut.top_k <= 0 && cut.min_p <= 0.0f) return race(p, nullptr, V, key);
+    if (cut.top_k <= 0) {
+        const i64 c = race_and_look(p, V, sum, cut, key);
+        if (c >= 0) return c;
+    }
     return race(p, names.data(), keep(p, names.data(), V, sum, cut), key);
 }
 
