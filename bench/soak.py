@@ -22,6 +22,8 @@ import torch
 from _common import finish
 from _load import MIXTURE, Reply, chat, free_port, make_folder, pascaline, quantile, server
 
+from pascaline.tokenizer import Tokenizer
+
 ROWS, QUEUE = 32, 64  # answers computed at once, and that may wait
 CLIENTS = 112  # at a time, more than the server takes
 KINDS = {"short": 0.45, "long": 0.2, "cancelled": 0.2, "invalid": 0.1, "several": 0.05}
@@ -38,13 +40,21 @@ INVALID: list[dict[str, Any] | bytes] = [
 ]
 
 
-def body(draw: random.Random, kind: str, context: int) -> dict[str, Any] | bytes:
+WORDS, SHARED = ("make", "12", "from", "6", "and", "the", "mat"), "You answer in few words."
+
+
+def tokens_per_word(folder: Path) -> float:
+    said = f"{' '.join(WORDS)} {SHARED}"
+    return len(Tokenizer.load(folder).encode(said)) / len(said.split())
+
+
+def body(draw: random.Random, kind: str, context: int, per_word: float = 1.0) -> dict[str, Any] | bytes:
     """A chat of a kind. Half of the prompts share their beginning."""
     if kind == "invalid":
         return draw.choice(INVALID)
-    size = draw.randint(context // 4, context // 2) if kind == "long" else draw.randint(1, context // 16)
-    shared = ["You answer in few words."] * (size // 10) if draw.random() < 0.5 else []
-    said = " ".join([*shared, *(draw.choice(("make", "12", "from", "6", "and", "the", "mat")) for _ in range(size // 2))])
+    size = int((draw.randint(context // 4, context // 2) if kind == "long" else draw.randint(1, context // 16)) / per_word)
+    shared = [SHARED] * (size // 10) if draw.random() < 0.5 else []
+    said = " ".join([*shared, *(draw.choice(WORDS) for _ in range(size // 2))])
     most = draw.randint(context // 8, context // 4) if kind in ("long", "cancelled") else draw.randint(1, context // 16)
     more = {"n": 4} if kind == "several" else {}
     how = {"max_tokens": most, "temperature": 1.0, "top_p": 1.0, "seed": draw.randrange(1 << 30), "stream": True, "ignore_eos": True}
@@ -54,8 +64,8 @@ def body(draw: random.Random, kind: str, context: int) -> dict[str, Any] | bytes
 class Load:
     """So many clients, each with one chat after the other until the time is over and enough have been answered."""
 
-    def __init__(self, port: int, context: int, seed: int):
-        self.port, self.context, self.draw = port, context, random.Random(seed)
+    def __init__(self, port: int, context: int, per_word: float, seed: int):
+        self.port, self.context, self.per_word, self.draw = port, context, per_word, random.Random(seed)
         self.replies: list[tuple[str, Reply]] = []
         self.answered = 0
         self.written = 0.0  # tokens per second while all clients were there
@@ -77,7 +87,7 @@ class Load:
         while not self.over:
             (kind,) = self.draw.choices(list(KINDS), list(KINDS.values()))
             leave = self.draw.uniform(0.0, 2.0) if kind == "cancelled" else None
-            reply = await chat(self.port, body(self.draw, kind, self.context), leave)
+            reply = await chat(self.port, body(self.draw, kind, self.context, self.per_word), leave)
             self.replies.append((kind, reply))
             self.answered += reply.status != 429
             if reply.status == 429:
@@ -136,7 +146,7 @@ def idle(port: int, seconds: float = 30.0) -> dict[str, float]:
 
 def soak(folder: Path, port: int, pid: int, seconds: float, least: int) -> dict[str, Any]:
     context = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
-    loads = [Load(port, context, seed) for seed in range(4)]
+    loads = [Load(port, context, tokens_per_word(folder), seed) for seed in range(4)]
     for load in loads[:-1]:  # the first is to warm up
         asyncio.run(load.run(ROWS, max(seconds / 20, 5), 0, pid))
         load.check()
