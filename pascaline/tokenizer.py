@@ -214,6 +214,17 @@ class Tokenizer:
         before = [] if first else self.encode("a")
         return self.decode([*before, token], special=True)[len(self.decode(before)) :].encode()
 
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token, where text is nothing but tokens' bytes; else 0."""
+        if "ByteLevel" not in self._decoder or self._parsing.normalizer is not None:
+            return 0
+        return max(map(len, self._parsing.get_vocab()))  # a character a byte
+
+    def at_least(self, text: str) -> int:
+        """A number of tokens that the text has at least, without tokenising it; 0 where that cannot be told."""
+        return len(text.encode(errors="replace")) // self._longest if self._longest else 0
+
     # ---- chats -------------------------------------------------------------------------------------------------------
 
     def render(self, messages: Messages, add_generation_prompt: bool = False, thinking: bool = True) -> str:

@@ -221,3 +221,11 @@ def test_a_folder_s_own_template_runs_in_the_sandbox(tokenizer, tmp_path):
     path.unlink()
     with pytest.raises(BadInput, match="no chat template"):
         Tokenizer.load(tmp_path).render([])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=300) | st.text("ab \n", max_size=2000))
+def test_a_text_has_at_least_so_many_tokens(text):
+    tokenizer = train(["aaaa bbbb aaaa bbbb\n\n\n\n"] * 3, 300)
+    assert tokenizer.at_least(text) <= len(tokenizer.encode(text.replace("\ud800", "")))
+    assert tokenizer.at_least("a" * 10_000) > 100  # it says something

@@ -62,6 +62,7 @@ class Answers:
         """The job of a chat (one, in a list)."""
         self.check_model(body.model)
         self.service.check_room(body.n or 1, 0)
+        self._refuse_long("".join(message.plain()["content"].strip() for message in body.messages), "messages")
         ids = await self.off_loop(self.chat_prompt, body)
         wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         top = body.top_logprobs or 0
@@ -73,10 +74,21 @@ class Answers:
             raise ApiError(400, f"messages: {len(body.messages)} are more than the limit of {self.options.max_messages}.", "messages")
         return self.tokenizer.prompt_ids([message.plain() for message in body.messages], thinking=body.thinks)
 
+    def _refuse_long(self, text: str, param: str) -> None:
+        """ApiError 400 for a text that cannot fit, before the time is spent to tokenise it."""
+        least, most = self.tokenizer.at_least(text), self.options.max_prompt_tokens or self.context
+        if least > most:
+            raise ApiError(
+                400, f"The prompt has {least} tokens at least and leaves no room: {most} is the most.", param, "context_length_exceeded"
+            )
+
     async def completion(self, body: CompletionRequest, salt: str) -> list[Job]:
         """The jobs of a completion, one a prompt."""
         self.check_model(body.model)
         self.service.check_room(len(body.prompts) * (body.n or 1), 0)
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
+                self._refuse_long(prompt, "prompt")
         prompts = await self.off_loop(lambda: [self.prompt_ids(prompt) for prompt in body.prompts])
         wanted = 16 if body.max_tokens is None else body.max_tokens
         more = {"top_logprobs": body.logprobs or 0, "prompt_logprobs": bool(body.echo) and (body.logprobs is not None or wanted == 0)}
