@@ -330,7 +330,8 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(monkeypatch):
             for url, body in ((URL, {"messages": [{"role": "user", "content": long}]}), ("/v1/completions", {"prompt": long})):
                 answer = await client.post(url, json=body)
                 assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+            assert not read
             assert (await client.post(URL, json={"messages": HI})).status_code == 200
 
     asyncio.run(one())
-    assert len(read) == 1
+    assert read
