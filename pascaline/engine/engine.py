@@ -192,7 +192,8 @@ class Engine:
         except BaseException:
             self.flush()  # blocks may have names that hold nothing
             for request, _ in plan:
-                self._end(request, "error", "the computation of this answer failed")
+                if request.output is None:
+                    self._end(request, "error", "the computation of this answer failed")
             raise
         seconds = time.perf_counter() - began
         if self.speculation is not None and decoding and plan:
