@@ -6,6 +6,7 @@ gone; and what it writes under overload is near its peak, tokens per second of t
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import re
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="30 seconds, as many requests as there are")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not outlive this
+    gc.disable()  # the clients share the machine with the server, and remember all replies
     seconds, least = (30.0, 0) if options.quick else (options.seconds, options.requests)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model or Path(scratch) / "model"

@@ -5,6 +5,7 @@ loop.call_soon_threadsafe, one call a step for all answers together.
 """
 
 import asyncio
+import gc
 import logging
 import queue
 import threading
@@ -211,6 +212,8 @@ class Service:
     def _run(self) -> None:
         try:
             self.engine = self._load()
+            gc.collect()
+            gc.freeze()  # what is there now stays: looking through it again and again would stop every stream
         except BaseException as error:
             self.failure = error
             return
