@@ -229,6 +229,7 @@ class Service:
             if job is not None and kind == "add":
                 self._post([(job, ApiError(503, "The server is shutting down."))])
         self._fail(list(self._live.values()), None, ApiError(503, "The server is shutting down."))
+        gc.unfreeze()  # some libraries complain at the exit about what nobody has collected
 
     def _read_inbox(self) -> None:
         """Take what has come; wait for it if there is nothing to do."""
