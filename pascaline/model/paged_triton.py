@@ -61,8 +61,7 @@ def _attend(  # type: ignore[no-untyped-def]
     span = tl.cdiv(tl.cdiv(length, POSITIONS), parts) * POSITIONS
     stop = tl.minimum((part + 1) * span, length)
     table = tables + tl.load(rows + token).to(tl.int64) * table_width
-    largest = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
+    largest, total = tl.full([HEADS], float("-inf"), tl.float32), tl.zeros([HEADS], tl.float32)
     mixed = tl.zeros([HEADS, FIRST], tl.float32)
     for at in tl.range(part * span, stop, POSITIONS, num_stages=STAGES):
         position = at + tl.arange(0, POSITIONS)
@@ -75,9 +74,8 @@ def _attend(  # type: ignore[no-untyped-def]
         if C > R:
             k_rest = tl.load(key + R + rest[None, :], mask=seen[:, None] & is_rest, other=0.0)
             scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
-        if latent:
-            value = k_first
-        else:
+        value = k_first
+        if not latent:
             value = tl.load(entry + H // GROUP * C + group * R + first[None, :], mask=seen[:, None] & is_first, other=0.0)
         scores = tl.where(seen[None, :], scores * scale, float("-inf"))
         now_largest = tl.maximum(largest, tl.max(scores, 1))
