@@ -11,7 +11,7 @@ from pascaline.data import puzzles
 from pascaline.data.puzzles import Verdict
 from pascaline.engine import Engine, Sampling
 from pascaline.engine.vote import votes
-from pascaline.post.verifiers import verdict
+from pascaline.post.verifiers import judge
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
             "samples": k * len(problems),
             "same_answer": sum(one.answer == next(iter(other.tally), None) for one, other in zip(early, whole, strict=True)),
             "right": sum(
-                one.winner is not None and verdict(p, one.winner) is Verdict.RIGHT for p, one in zip(problems, early, strict=True)
+                Verdict.RIGHT in group for group in judge(problems, [[one.winner] if one.winner else [] for one in early]).verdicts
             ),
             "problems": len(problems),
         }

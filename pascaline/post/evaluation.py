@@ -1,19 +1,21 @@
 """The last stage: every model of the chain on the same held-out problems, and the report of the whole run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from pascaline.data.puzzles import Problem, Verdict
+from pascaline.data.puzzles import Problem
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.eval import passk, tasks
 from pascaline.ledger import COST, Totals, cost
 from pascaline.model import hf
 from pascaline.post import extension
 from pascaline.post.stages import PLAIN_ANSWER, Run
-from pascaline.post.verifiers import verdict
+from pascaline.post.verifiers import Judged, judge
 from pascaline.runs import machine, read_json, versions, write_json
 from pascaline.stopping import Interrupt
 from pascaline.train.loop import active_parameters
@@ -90,17 +92,17 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
 
 
 def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling) -> dict[str, Any]:
-    result = tasks.evaluate(engine, problems, sampling, verdict)
+    result = tasks.evaluate(engine, problems, sampling)
     examples = [
         {"prompt": p.prompt, "thought": o[0].reasoning or "", "answer": o[0].text, "verdict": v[0].value}
         for p, o, v in zip(problems[:EXAMPLES], result.outputs, result.verdicts, strict=False)
     ]
     how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "samples": sampling.n, "puzzle": problems[0].puzzle}
-    return {**how, **result.summary(), "by_problem": result.right.mean(1).tolist(), "examples": examples}
+    return {**how, **result.summary(), "by_problem": result.means, "examples": examples}
 
 
 def _votes(engine: Engine, problems: list[Problem], sampling: Sampling) -> dict[str, Any]:
-    result = tasks.evaluate(engine, problems, sampling, verdict)
+    result = tasks.evaluate(engine, problems, sampling)
     counts = [k for k in VOTES if k <= sampling.n]
     majority, best = result.votes(counts)
     return {"k": counts, "majority": majority, "best_of": best, "n": len(problems)}
@@ -111,12 +113,15 @@ def _base(engine: Engine, problems: list[Problem], temperature: float, top_p: fl
     own = engine.tokenizer
     assert own is not None
 
-    def judge(problem: Problem, output: Output) -> Verdict:
+    def read(output: Output) -> Output:
         thought, said, answer = output.text.rpartition(f"\n{PLAIN_ANSWER}")
-        return verdict(problem, Output(output.token_ids, output.logprobs, output.finish_reason, answer, thought if said else None))
+        return replace(output, text=answer if said else "", reasoning=thought if said else answer)
+
+    def judged(problems: Sequence[Problem], outputs: Sequence[Sequence[Output]]) -> Judged:
+        return judge(problems, [[read(o) for o in group] for group in outputs])
 
     sampling = Sampling(temperature, top_p, max_tokens, 1, seed=SEED)
-    result = tasks.evaluate(engine, problems, sampling, judge, lambda p: [*own.prefix, *own.encode(f"{p.prompt}\n")])
+    result = tasks.evaluate(engine, problems, sampling, judged, lambda p: [*own.prefix, *own.encode(f"{p.prompt}\n")])
     return result.summary()
 
 
@@ -140,13 +145,15 @@ def report(run: Run) -> dict[str, Any]:
     ]
     protocols.sort(key=lambda p: (plan.index(p["puzzle"]), (START, "sft", "rl").index(p["model"]), -p["temperature"]))
     before, after = parts["sft-votes"], parts["rl-votes"]
-    gain, low, high = passk.paired_difference(measured["rl"]["by_problem"], measured["sft"]["by_problem"])
+    pairs = zip(measured["rl"]["by_problem"], measured["sft"]["by_problem"], strict=True)
+    known = np.array([pair for pair in pairs if None not in pair], np.float64).reshape(-1, 2)  # where both could be judged
+    gain, low, high = passk.paired_difference(known[:, 0], known[:, 1])
 
     def said(example: dict[str, Any]) -> dict[str, Any]:
         return {k: example[k] for k in ("thought", "answer", "verdict")}
 
-    pairs = zip(measured["sft"]["examples"], measured["rl"]["examples"], strict=True)
-    examples = [{"prompt": a["prompt"], "before": said(b), "after": said(a)} for b, a in pairs]
+    told = zip(measured["sft"]["examples"], measured["rl"]["examples"], strict=True)
+    examples = [{"prompt": a["prompt"], "before": said(b), "after": said(a)} for b, a in told]
 
     def curve(kind: str) -> list[dict[str, Any]]:
         return [{"k": k, "accuracy": a, "before": b} for k, a, b in zip(after["k"], after[kind], before[kind], strict=True)]

@@ -13,7 +13,7 @@ from pascaline.data.batch import Batch, Sample, batches
 from pascaline.data.puzzles import Problem, Verdict
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.post import grpo
-from pascaline.post.verifiers import verdict
+from pascaline.post.verifiers import judge
 from pascaline.recipe import Puzzle, Rl
 from pascaline.train.loop import active_parameters
 
@@ -42,7 +42,7 @@ class Rollouts:
         outputs = self.engine.generate([p.prompt for p in problems], sampling)
         self.engine.release()  # what is cached is the old weights', and the trainer needs the memory
         spent = self.engine.stats.generated + self.engine.stats.prefilled - before
-        verdicts = [[verdict(p, o) for o in group] for p, group in zip(problems, outputs, strict=True)]
+        verdicts = judge(problems, outputs).verdicts
         right = np.array([[v is Verdict.RIGHT for v in group] for group in verdicts])
         cut = np.array([[o.finish_reason == "length" for o in group] for group in outputs])
         reward = grpo.rewards(verdicts, cut, self.rl.wrong_reward)

@@ -8,14 +8,13 @@ from pascaline.engine import Output, Sampling
 from pascaline.errors import BadInput
 from pascaline.eval import passk
 from pascaline.eval.tasks import Result, evaluate, held_out
-from pascaline.post.verifiers import verdict
 from pascaline.recipe import Puzzle
 
-R, W, A = Verdict.RIGHT, Verdict.WRONG, Verdict.ABSTAIN
+R, W, A, U = Verdict.RIGHT, Verdict.WRONG, Verdict.ABSTAIN, Verdict.UNJUDGED
 
 
 def said(text: str, finish: str = "stop", tokens: int = 3) -> Output:
-    return Output([0] * tokens, [0.0] * tokens, finish, text, "x" if finish == "stop" else None)
+    return Output([0] * tokens, [0.0] * tokens, finish, text, "x")
 
 
 def result(*rows: list[tuple[Output, Verdict]]) -> Result:
@@ -41,6 +40,8 @@ def test_summary() -> None:
         "abstain": 1 / 8,
         "false_claim": 2 / 8,
         "truncated": 2 / 8,
+        "unclosed": 2 / 8,
+        "unjudged": 0,
     }
     assert found["accuracy"] == 3 / 8 and low < 3 / 8 < high
 
@@ -59,6 +60,16 @@ def test_every_answer_is_of_one_kind(output: Output, judged: Verdict, kind: str)
     found = result([(output, judged)]).summary()
     kinds = ("accuracy", "abstain", "false_claim", "truncated")
     assert {k: found[k] for k in kinds} == {k: float(k == kind) for k in kinds}
+
+
+def test_what_could_not_be_judged_counts_as_neither_right_nor_wrong() -> None:
+    found = result([(said("4"), R), (said("5"), U)], [(said("4"), W), (said("5"), W)], [(said("4"), U), (said("5"), U)])
+    assert found.means == [1.0, 0.0, None]
+    told = found.summary()
+    assert told["accuracy"] == 0.5 and told["n"] == 2 and told["unjudged"] == 3 / 6 and told["false_claim"] == 2 / 6
+    majority, best = found.votes([2])
+    assert majority == pytest.approx([1 / 3]) and best == [0.0]  # only the second problem has two judged answers
+    assert result([(said("4"), U)]).summary()["accuracy"] is None
 
 
 def test_right_is_a_table_of_problems_and_samples() -> None:
@@ -110,9 +121,9 @@ def test_evaluate_asks_for_the_prompts_and_judges_each_sample() -> None:
     answers = [str(puzzles.get("chain").solve(p)) for p in problems]
     parrot = Parrot(answers[0], "none", "x")
     sampling = Sampling(n=3)
-    found = evaluate(parrot, problems, sampling, verdict)  # type: ignore[arg-type]
+    found = evaluate(parrot, problems, sampling)  # type: ignore[arg-type]
     assert parrot.asked == [p.prompt for p in problems] and parrot.sampling is sampling
     assert found.verdicts[0] == [R, A, W]
     assert found.right[:, 0].tolist() == [a == answers[0] for a in answers] and not found.right[:, 1:].any()
-    evaluate(parrot, problems[:2], sampling, verdict, lambda p: [1, len(p.prompt)])  # type: ignore[arg-type]
+    evaluate(parrot, problems[:2], sampling, prompt=lambda p: [1, len(p.prompt)])  # type: ignore[arg-type]
     assert parrot.asked == [[1, len(p.prompt)] for p in problems[:2]]

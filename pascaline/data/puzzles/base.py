@@ -15,12 +15,14 @@ WHITESPACE = " \t\r\n"  # what may stand around an answer; str.strip() alone wou
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `key` names it up to wording: equal keys are the same problem. `data` is JSON-able."""
+    """One problem. `key` names it up to wording: equal keys are the same problem. `data` is JSON-able. `verifier` names who judges its
+    answers, with `data` as columns (pascaline.post.verifiers), where that is not the puzzle itself."""
 
     puzzle: str
     prompt: str
     key: str
     data: dict[str, Any]
+    verifier: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Trace:
 
 
 class Verdict(StrEnum):
-    """RIGHT and WRONG are the verifier's; ABSTAIN means that the answer itself says it found none."""
+    """RIGHT and WRONG are the verifier's; ABSTAIN means that the answer itself says it found none, UNJUDGED that the verifier could not
+    judge it (it ran out of time or broke), which says nothing about the answer."""
 
     RIGHT = "right"
     WRONG = "wrong"
     ABSTAIN = "abstain"
+    UNJUDGED = "unjudged"
 
 
 class Dial(NamedTuple):
