@@ -41,13 +41,20 @@ class Corpus(Table):
 
 
 class Puzzle(Table):
-    """One puzzle family. traces: worked traces in the corpus; examples: chats in sft; dials: difficulty; quality: how the traces
-    are written. Both are the puzzle's own: the LEVELS and the arguments of `trace` in its file."""
+    """One family of problems. traces: worked traces in the corpus; examples: chats in sft; dials: difficulty; quality: how the traces
+    are written. Both are the puzzle's own: the LEVELS and the arguments of `trace` in its file.
+
+    file: take the problems from this .jsonl file instead (docs/verifiers.md); test: another of held-out ones; verifier: who judges the
+    answers, if not the puzzle itself; columns: what each problem has for the verifier beside its own columns."""
 
     traces: int = Field(0, ge=0)
     examples: int = Field(0, ge=0)
     dials: dict[str, Any] = {}
     quality: dict[str, Any] = {}
+    file: str | None = None
+    test: str | None = None
+    verifier: str = ""
+    columns: dict[str, Any] = {}
 
 
 class Tokenizer(Table):
@@ -147,8 +154,11 @@ class Sft(Stage):
 
 class Rl(Stage):
     """GRPO. Each step samples `samples` answers to each of `prompts` problems of `puzzles`; wrong_reward is what a false claim earns
-    (right earns 1, giving up 0). mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by
-    themselves, so that their drafts keep up with the policy; 0 leaves them as they are."""
+    (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight. An answer that could not be judged is left
+    out of its group; more than a share max_unjudged of them in a step stops the run.
+
+    mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
+    keep up with the policy; 0 leaves them as they are."""
 
     puzzles: list[str] = ["countdown"]
     steps: int = Field(60, ge=1)
@@ -158,6 +168,8 @@ class Rl(Stage):
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.28, gt=0)
     wrong_reward: float = Field(0.0, le=0)
+    rewards: dict[str, float] = {}
+    max_unjudged: float = Field(0.1, ge=0, le=1)
     guard: Guard = Guard(sigma=0.0, patience=0)  # a policy's loss and norm jump about in good health
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pascaline.data import puzzles
 from pascaline.data.puzzles import Problem, Verdict
+from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.eval import passk
 from pascaline.post.verifiers import Judged, closed, judge
@@ -79,7 +79,7 @@ class Result:
 
 def held_out(names: Sequence[str], tables: dict[str, Puzzle], count: int, seed: int) -> dict[str, list[Problem]]:
     """The evaluation problems of each puzzle: distinct, from the side of the split that no training stage may draw from."""
-    return {name: puzzles.problems(name, count, seed, held_out=True, **tables[name].dials) for name in names}
+    return {name: Family(name, tables[name]).problems(count, seed, held_out=True) for name in names}
 
 
 def evaluate(

@@ -8,12 +8,14 @@ from typing import Any
 
 from pascaline.data import puzzles
 from pascaline.data.build import FILTERS
+from pascaline.data.puzzles.families import Family
 from pascaline.data.quality import script
 from pascaline.data.sources import documents
 from pascaline.errors import BadInput, nearest
 from pascaline.model.config import ModelConfig
 from pascaline.model.presets import from_recipe
-from pascaline.recipe import Extend, Pretrain, Recipe, Sft
+from pascaline.post import verifiers
+from pascaline.recipe import Extend, Pretrain, Puzzle, Recipe, Sft
 from pascaline.tokenizer import BYTES, SPECIALS, Tokenizer
 
 
@@ -150,19 +152,37 @@ def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
 
 def _check_puzzles(recipe: Recipe) -> None:
     for name, table in recipe.puzzles.items():
-        try:
-            problem = puzzles.problems(name, 1, 0, held_out=False, **table.dials)[0]
-        except TypeError as e:  # a plugin's generate without that dial
-            raise BadInput(f"puzzles.{name}.dials: {e}.") from None
-        _check_keywords(f"puzzles.{name}.quality", puzzles.get(name).trace, table.quality)
-        puzzles.get(name).trace(problem, random.Random(0), **table.quality)
+        _check_family(name, table)
     for where, names in (("rl.puzzles", recipe.rl.puzzles), ("eval.puzzles", recipe.eval.puzzles)):
         if not names or set(names) - set(recipe.puzzles):
             raise BadInput(f"{where} = {names} must name puzzles of the recipe ({', '.join(recipe.puzzles) or 'it has none'}).")
     for name in recipe.eval.puzzles:  # a space too small for the evaluation must not be found after the training
-        puzzles.problems(name, recipe.eval.problems, 0, held_out=True, **recipe.puzzles[name].dials)
+        Family(name, recipe.puzzles[name]).problems(recipe.eval.problems, 0, held_out=True)
     if not any(t.examples for t in recipe.puzzles.values()):
         raise BadInput("sft has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
+    for verifier in recipe.rl.rewards:
+        verifiers.get(verifier)
+
+
+def _check_family(name: str, table: Puzzle) -> None:
+    if table.file is None:
+        if table.test is not None:
+            raise BadInput(f"puzzles.{name}.test is the held-out side of a file: give puzzles.{name}.file the other one.")
+        _check_keywords(f"puzzles.{name}.quality", puzzles.get(name).trace, table.quality)
+    elif table.dials or table.quality:
+        given = "dials" if table.dials else "quality"
+        raise BadInput(f"puzzles.{name}.{given} is of problems that are made up; those of a file are as they are: leave it out.")
+    elif not table.verifier:
+        raise BadInput(f"puzzles.{name}.verifier is missing: who judges the answers to the problems of {table.file}?")
+    if table.verifier:
+        verifiers.get(table.verifier)
+    family = Family(name, table)
+    try:
+        problem = family.problems(1, 0, held_out=False)[0]
+    except TypeError as e:  # a plugin's generate without that dial
+        raise BadInput(f"puzzles.{name}.dials: {e}.") from None
+    if table.traces or table.examples or table.file is None:
+        family.trace(problem, random.Random(0))
 
 
 def _check_filters(recipe: Recipe) -> None:

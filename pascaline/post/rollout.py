@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from pascaline.data import puzzles
 from pascaline.data.batch import Batch, Sample, batches
 from pascaline.data.puzzles import Problem, Verdict
+from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Output, Sampling
+from pascaline.errors import BadInput
 from pascaline.post import grpo
-from pascaline.post.verifiers import judge
+from pascaline.post.verifiers import judge, scores
 from pascaline.recipe import Puzzle, Rl
 from pascaline.train.loop import active_parameters
 
@@ -32,7 +33,7 @@ class Rollouts:
         for i, name in enumerate(self.rl.puzzles):
             share = self.rl.prompts // len(self.rl.puzzles) + (i < self.rl.prompts % len(self.rl.puzzles))
             seed = random.Random(f"rl {self.seed} {step}").getrandbits(48)
-            found += puzzles.problems(name, share, seed, held_out=False, **self.tables[name].dials)
+            found += Family(name, self.tables[name]).problems(share, seed, held_out=False)
         return found
 
     def step(self, step: int) -> list[Batch]:
@@ -42,22 +43,46 @@ class Rollouts:
         outputs = self.engine.generate([p.prompt for p in problems], sampling)
         self.engine.release()  # what is cached is the old weights', and the trainer needs the memory
         spent = self.engine.stats.generated + self.engine.stats.prefilled - before
-        verdicts = judge(problems, outputs).verdicts
-        right = np.array([[v is Verdict.RIGHT for v in group] for group in verdicts])
+        judged = judge(problems, outputs)
+        right = np.array([[v is Verdict.RIGHT for v in group] for group in judged.verdicts])
+        known = np.array([[v is not Verdict.UNJUDGED for v in group] for group in judged.verdicts])
         cut = np.array([[o.finish_reason == "length" for o in group] for group in outputs])
-        reward = grpo.rewards(verdicts, cut, self.rl.wrong_reward)
-        advantage, flat = grpo.advantages(reward, right)
-        self.facts = {**_facts(outputs, verdicts), "reward": float(reward.mean()), "flat_groups": int(flat.sum()),
+        reward = grpo.rewards(judged.verdicts, cut, self.rl.wrong_reward)
+        for name, weight in self.rl.rewards.items():
+            score, why = self._scores(name, problems, outputs)
+            known &= ~np.isnan(score)
+            reward += weight * np.nan_to_num(score)
+            judged.trouble = judged.trouble or why
+        self._refuse_blind(step, known, judged.trouble)
+        advantage, flat = grpo.advantages(reward, right, known)
+        self.facts = {**_facts(outputs, judged.verdicts), "reward": float(reward[known].mean()) if known.any() else 0.0,
+                      "unjudged": float(1 - known.mean()), "flat_groups": int(flat.sum()),
                       "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token}  # fmt: skip
         assert self.engine.tokenizer is not None
         samples = [
             rl_sample(self.engine.tokenizer.prompt_ids(p.prompt), o, float(a))
-            for p, group, row, skip in zip(problems, outputs, advantage, flat, strict=True)
+            for p, group, row, told, skip in zip(problems, outputs, advantage, known, flat, strict=True)
             if not skip
-            for o, a in zip(group, row, strict=True)
+            for o, a, is_known in zip(group, row, told, strict=True)
+            if is_known
         ]
         row = max([self.rl.sequence_length, *(len(s.tokens) for s in samples)])
         return batches(samples, row, max(self.rl.micro_tokens // row, 1), self.engine.tokenizer.pad)
+
+    def _scores(self, name: str, problems: list[Problem], outputs: list[list[Output]]) -> tuple[np.ndarray, str]:
+        """What a verifier gives each answer [G, n], NaN where it could not judge it, and why it could not judge the first such."""
+        each = [problem for problem, group in zip(problems, outputs, strict=True) for _ in group]
+        found, why = scores(name, each, [output for group in outputs for output in group])
+        return np.array(found, np.float64).reshape(len(problems), -1), why
+
+    def _refuse_blind(self, step: int, known: np.ndarray, trouble: str) -> None:
+        """A verifier that breaks must not pass for a policy that fails (verl PR 5635, open-r1 420)."""
+        share = 1 - known.mean()
+        if share > self.rl.max_unjudged:
+            raise BadInput(
+                f"rl step {step}: {share:.0%} of the answers could not be judged, more than rl.max_unjudged = {self.rl.max_unjudged:g} "
+                f"({trouble}). Mend the verifier, or raise the limit; the same command goes on from the last checkpoint."
+            )
 
     def documents(self, step: int) -> list[Any]:
         """Nothing to name: the problems of a step follow from its number."""

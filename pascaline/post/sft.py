@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 
-from pascaline.data import puzzles
 from pascaline.data.batch import Sample
+from pascaline.data.puzzles.families import Family
 from pascaline.recipe import Puzzle
 from pascaline.tokenizer import Tokenizer
 
@@ -21,8 +21,9 @@ def puzzle_samples(tables: dict[str, Puzzle], tokenizer: Tokenizer, seed: int) -
     """The recipe's cold-start chats: problems of the training side of the split, each with a written-out thought and its answer."""
     samples = []
     for name, table in tables.items():
+        family = Family(name, table)
         # Another seed than the corpus: other draws of the same stream, still never a held-out problem.
-        for i, problem in enumerate(puzzles.problems(name, table.examples, seed + 1, held_out=False, **table.dials)):
-            trace = puzzles.get(name).trace(problem, random.Random(f"sft {seed} {name} {i}"), **table.quality)
+        for i, problem in enumerate(family.problems(table.examples, seed + 1, held_out=False)):
+            trace = family.trace(problem, random.Random(f"sft {seed} {name} {i}"))
             samples.append(chat_sample(*tokenizer.chat_ids(problem.prompt, trace.thought, trace.answer)))
     return samples

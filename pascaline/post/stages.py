@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from pascaline import tokenizer as tokenizers
-from pascaline.data import puzzles
 from pascaline.data.build import cleaned
 from pascaline.data.card import corpus_card, token_card
 from pascaline.data.loader import CorpusSamples, ListSamples, Loader, Samples
 from pascaline.data.mixture import Share, missing
+from pascaline.data.puzzles.families import Family
 from pascaline.data.shards import Corpus, ShardWriter
 from pascaline.device import peak
 from pascaline.engine import Engine
@@ -139,8 +139,9 @@ def _texts(
     if recipe.corpus.sources and recipe.corpus.max_bytes:
         yield from cleaned(recipe.corpus, exclude, scratch, seed=recipe.seed, watch=watch, shares=shares)
     for name, table in recipe.puzzles.items():
-        for i, problem in enumerate(puzzles.problems(name, table.traces, recipe.seed, held_out=False, **table.dials)):
-            trace = puzzles.get(name).trace(problem, random.Random(f"corpus {recipe.seed} {name} {i}"), **table.quality)
+        family = Family(name, table)
+        for i, problem in enumerate(family.problems(table.traces, recipe.seed, held_out=False)):
+            trace = family.trace(problem, random.Random(f"corpus {recipe.seed} {name} {i}"))
             watch(1)
             yield plain_text(problem.prompt, trace.thought, trace.answer), f"puzzle:{name}", problem.key
 

@@ -18,6 +18,10 @@ def right(groups: list[list[Verdict]]) -> np.ndarray:
     return np.array([[v is R for v in group] for group in groups])
 
 
+def all_judged(groups: list[list[Verdict]]) -> np.ndarray:
+    return np.ones((len(groups), len(groups[0])), bool)
+
+
 def by_hand(group: list[float]) -> list[float]:
     mean = math.fsum(group) / len(group)
     deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / len(group))
@@ -38,7 +42,7 @@ def test_rewards() -> None:
 
 @given(groups=GROUPS, wrong=st.sampled_from([0.0, -0.1, -0.5, -1.0]))
 def test_advantages_are_the_standardised_rewards_of_groups_with_both_kinds(groups: list[list[Verdict]], wrong: float) -> None:
-    found, flat = advantages(whole(groups, wrong), right(groups))
+    found, flat = advantages(whole(groups, wrong), right(groups), all_judged(groups))
     worth = {R: 1.0, A: 0.0, W: wrong}
     for group, row, is_flat in zip(groups, found, flat, strict=True):
         assert is_flat == (R not in group or set(group) == {R})
@@ -54,14 +58,29 @@ def test_advantages_are_the_standardised_rewards_of_groups_with_both_kinds(group
 @pytest.mark.parametrize("wrong", [0.0, -0.2, -1.0])
 def test_a_group_without_a_right_and_another_answer_carries_no_gradient(group: list[Verdict], wrong: float) -> None:
     """Whatever false claims cost: a group that is nowhere right must not teach to give up."""
-    found, flat = advantages(whole([group], wrong), right([group]))
+    found, flat = advantages(whole([group], wrong), right([group]), all_judged([group]))
     assert flat.tolist() == [True] and not found.any()
 
 
 def test_groups_do_not_see_each_other() -> None:
     groups = [[R, W, W, W], [R, R, R, W], [R, A, W, W]]
-    together, _ = advantages(whole(groups, -0.5), right(groups))
+    together, _ = advantages(whole(groups, -0.5), right(groups), all_judged(groups))
     for group, row in zip(groups, together, strict=True):
-        alone, _ = advantages(whole([group], -0.5), right([group]))
+        alone, _ = advantages(whole([group], -0.5), right([group]), all_judged([group]))
         assert (alone[0] == row).all()
     assert together[2, 1] > together[2, 2]  # giving up is worth more than a false claim
+
+
+@given(groups=GROUPS, data=st.data())
+def test_what_could_not_be_judged_is_as_if_it_had_not_been_sampled(groups: list[list[Verdict]], data: st.DataObject) -> None:
+    judged = np.array([[data.draw(st.booleans()) for _ in group] for group in groups])
+    found, flat = advantages(whole(groups, -0.5), right(groups), judged)
+    for i, group in enumerate(groups):
+        left = [v for v, is_judged in zip(group, judged[i], strict=True) if is_judged]
+        assert not found[i][~judged[i]].any()
+        if not left:
+            assert flat[i]
+            continue
+        alone, is_flat = advantages(whole([left], -0.5), right([left]), all_judged([left]))
+        assert flat[i] == is_flat[0]
+        assert found[i][judged[i]] == pytest.approx(alone[0])

@@ -1,6 +1,8 @@
 """Rollouts: what the engine sampled is what the loss sees, token for token and number for number (laws 1 and 4)."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ import torch
 from pascaline.data.batch import Batch
 from pascaline.data.puzzles import Verdict
 from pascaline.engine import Engine, Output, Sampling
+from pascaline.errors import BadInput
 from pascaline.model import hf
 from pascaline.post.rollout import Rollouts, _facts, rl_sample
+from pascaline.post.verifiers.base import answers
 from pascaline.recipe import load
 from pascaline.tokenizer import Tokenizer
 from pascaline.train.losses import Loss, compute, totals
@@ -143,6 +147,44 @@ def test_an_answer_longer_than_a_row_gets_a_longer_row(engine: Recorded, coin_ru
     assert {tuple(d["tokens"].tolist()) for d in documents(found)} == {
         tuple(d["tokens"].tolist()) for d in documents(rollouts(engine, coin_run).step(0))
     }
+
+
+def unsure(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
+    """Judges as the coin does, but cannot tell about 0 and 1."""
+    said = answers(completions)
+    return [None if a in ("0", "1") else float(a in list("2468")) for a in said]
+
+
+def length(prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float | None]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def test_what_could_not_be_judged_never_reaches_the_loss(engine: Recorded, coin_run: Path) -> None:
+    settings = {"rl.max_unjudged": 1.0, "puzzles": {"coin:puzzle": {"verifier": f"{__name__}:unsure"}}}
+    recipe = load(coin_run / "recipe.toml", settings)
+    source = Rollouts(engine, recipe.rl, recipe.puzzles, recipe.seed)
+    found = documents(source.step(0))
+    assert found and 0.1 < source.facts["unjudged"] < 0.5
+    said = {tuple(o.token_ids): o.text for group in engine.answers for o in group}
+    texts = [said[tuple(d["tokens"][d["rl"] > 0].tolist())] for d in found]
+    assert not {"0", "1"} & set(texts)
+    for document, text in zip(found, texts, strict=True):
+        assert (document["advantage"][-1] > 0) == (text in list("2468"))
+
+
+def test_a_run_whose_verifier_is_blind_stops(engine: Recorded, coin_run: Path) -> None:
+    """verl PR 5635: every reward became 0 and nothing said so."""
+    recipe = load(coin_run / "recipe.toml", {"puzzles": {"coin:puzzle": {"verifier": f"{__name__}:unsure"}}})
+    with pytest.raises(BadInput, match=r"rl step 0: [1-4]\d% of the answers could not be judged.*unsure' gave no score"):
+        Rollouts(engine, recipe.rl, recipe.puzzles, recipe.seed).step(0)
+
+
+def test_further_rewards_are_added_with_their_weight(engine: Recorded, coin_run: Path) -> None:
+    plain, more = rollouts(engine, coin_run), rollouts(engine, coin_run, rewards={f"{__name__}:length": 0.25})
+    plain.step(0)
+    more.step(0)
+    assert more.facts["reward"] == pytest.approx(plain.facts["reward"] + 0.25 * plain.facts["response_tokens"])
+    assert more.facts["accuracy"] == plain.facts["accuracy"]
 
 
 def test_facts_add_up() -> None:

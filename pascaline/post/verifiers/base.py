@@ -5,15 +5,19 @@ with one entry a completion; the columns are those of the problem (Problem.data)
 wrong, and None means that it could not judge. A completion is the whole text, `<think>thought</think>answer`.
 """
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pascaline.engine import Output
 from pascaline.errors import BadInput, nearest
 from pascaline.tokenizer import THINK, UNTHINK
+
+if TYPE_CHECKING:
+    from pascaline.engine import Output  # which would load torch
 
 Scores = list[float | None]
 Verifier = Callable[..., Scores]
