@@ -38,25 +38,14 @@ def table_text(report: Mapping[str, Any]) -> str:
     head = ["stage", "accuracy", "95% interval", "n", "tokens", "time", "FLOPs"]
     rows = [[row["name"], *_accuracy(row), clock(row.get("seconds")), flops(row.get("flops"))] for row in report.get("stages", [])]
     parts = [aligned([head, *rows])] if rows else []
-    head = [
-        "model",
-        "puzzle",
-        "temp",
-        "top-p",
-        "samples",
-        "accuracy",
-        "95% interval",
-        "n",
-        "tokens",
-        "abstain",
-        "false",
-        "cut off",
-        "no verdict",
-    ]
+    ends = {"abstain": "abstain", "false_claim": "false", "truncated": "cut off"}
+    if any(row.get("unjudged") for row in report.get("protocols", [])):
+        ends["unjudged"] = "no verdict"
+    head = ["model", "puzzle", "temp", "top-p", "samples", "accuracy", "95% interval", "n", "tokens", *ends.values()]
     rows = [
         [str(row.get("model", NONE)), str(row.get("puzzle") or NONE), *(count(row.get(key)) for key in ("temperature", "top_p", "samples"))]
         + _accuracy(row)
-        + [percent(row.get(key)) for key in ("abstain", "false_claim", "truncated", "unjudged")]
+        + [percent(row.get(key)) for key in ends]
         for row in report.get("protocols", [])
     ]
     if rows:
