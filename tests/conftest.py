@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # there is no hub, and asking for it takes a minute
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 from pathlib import Path
 

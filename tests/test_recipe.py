@@ -1,5 +1,6 @@
 """Recipes: every key has a type, an unknown one is an error that names the nearest, and what is written is what was read."""
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,14 @@ def refusal(settings: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_the_shipped_recipes_can_be_run(path: Path) -> None:
+def test_the_shipped_recipes_can_be_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(500)]
+    for name in ("train", "test"):  # what gsm8k.toml wants, which is not ours to give away
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"gsm8k_{name}.jsonl").write_text(
+            "\n".join(json.dumps(row | {"question": name + row["question"]}) for row in rows)
+        )
+    monkeypatch.chdir(tmp_path)
     check(load(path))
 
 
