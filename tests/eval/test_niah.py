@@ -16,7 +16,7 @@ from pascaline.data.puzzles import Problem
 from pascaline.data.puzzles import needle as puzzle
 from pascaline.engine import Engine, Sampling
 from pascaline.errors import BadInput
-from pascaline.eval import niah, plots
+from pascaline.eval import needle, niah, plots
 from pascaline.eval.plan import Plan
 from pascaline.tokenizer import Tokenizer
 
@@ -129,12 +129,27 @@ def test_a_length_is_used_up_to_one_part_of_the_haystack_and_never_passed(tokeni
         ask = niah.asker(tokenizer, "", niah.Dials(plain=plain))
         for length in (300, 333, 512, 1000):
             for depth in (0.0, 0.3, 1.0):
-                (needle,) = niah.needles(7, length, depth, 1, hay.kind)
-                problem = niah.fill(needle, hay, ask, length, depth)
+                (drawn,) = niah.needles(7, length, depth, 1, hay.kind)
+                problem = niah.fill(drawn, hay, ask, length, depth)
                 assert problem is not None
                 count, before = problem.data["parts"], problem.data["before"]
                 assert before == round(depth * count)
-                assert len(ask(problem)) <= length < len(ask(hay.write(needle, count + 1, round(depth * (count + 1)))))
+                assert len(ask(problem)) <= length < len(ask(hay.write(drawn, count + 1, round(depth * (count + 1)))))
+
+
+def test_the_largest_number_that_fits_is_found_however_long_the_parts_are() -> None:
+    sizes = [1 + (i * 7919) % 23 for i in range(200)]
+    made: list[int] = []
+
+    def write(n: int) -> Problem:
+        made.append(n)
+        return Problem("needle", "", "", {"size": 30 + sum(sizes[:n])})
+
+    for most in range(10, 1500):
+        found = needle.fit(write, lambda problem: [0] * problem.data["size"], most)
+        fits = [size for n in range(1, 200) if (size := 30 + sum(sizes[:n])) <= most]
+        assert (found and found.data["size"]) == (max(fits) if fits else None)
+    assert len(made) < 12 * 1500  # a look at a few numbers, not at all of them
 
 
 def test_depth_0_is_the_beginning_and_depth_1_the_end(tokenizer: Tokenizer, essay: Path) -> None:
@@ -181,14 +196,14 @@ def test_the_needle_stands_once_and_only_between_sentences(tokenizer: Tokenizer,
     assert len(engine.texts) == 33 and found["score"] == 1.0
     for text in engine.texts:
         haystack = text.split("\n")[1]
-        before, needle, after = re.split(r"(One of the special magic numbers for [a-z-]+ is: \d{7}\.)", haystack)
+        before, hidden, after = re.split(r"(One of the special magic numbers for [a-z-]+ is: \d{7}\.)", haystack)
         parts = [part.strip() for part in (before, after) if part.strip()]
         count, around = 0, [SENTENCES[i % 9] for i in range(200)]
         for part in parts:  # each side is whole sentences, and the second goes on where the first ended
             n = next(n for n in range(1, 100) if len(" ".join(around[count : count + n])) >= len(part))
             assert part == " ".join(around[count : count + n])
             count += n
-        assert needle and text.count("One of the special magic") == 1
+        assert hidden and text.count("One of the special magic") == 1
 
 
 def test_a_text_that_is_too_short_is_repeated_and_that_is_said(tokenizer: Tokenizer, essay: Path, tmp_path: Path) -> None:
@@ -280,3 +295,12 @@ def test_the_heat_map_has_a_number_a_cell_and_none_where_nothing_was_measured() 
     pairs = plots.heat_map([{"length": 64, "pairs": 4, "recall": None, "n": 1}, {"length": 64, "pairs": 8, "recall": 0.5, "n": 1}], "Pairs")
     assert pairs is not None and "pairs of key and value" in pairs
     assert plots.heat_map([], "Nothing") is None
+
+
+def test_the_beginning_is_at_the_top_and_short_lengths_on_the_left() -> None:
+    cells = [{"length": 256, "depth": 1.0, "recall": 1.0, "n": 8}, {"length": 512, "depth": 0.0, "recall": 0.33, "n": 8}]
+    svg = niah.draw({"cells": [*cells, {"length": 256, "depth": 0.0, "recall": 0.22, "n": 8}]})
+    x, y = ({n: float(re.search(rf' {axis}="([0-9.]+)"[^>]*>{n}<', svg)[1]) for n in (22, 33, 100)} for axis in "xy")  # type: ignore[arg-type, index]
+    assert x[22] == x[100] < x[33] and y[22] == y[33] < y[100]
+    opacity = [float(said) for said in re.findall(r"var\(--blue\); opacity: ([0-9.]+)", svg)]  # type: ignore[arg-type]
+    assert len(opacity) == 3 and opacity == sorted(opacity) and max(opacity) == 0.5
