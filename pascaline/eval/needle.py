@@ -1,9 +1,12 @@
-"""Needle recall over length and depth: RULER's S-NIAH-1 (arXiv 2404.06654) with the needles of data/puzzles/needle.py.
+"""Needle recall over length and depth as `extend` measures it: RULER's S-NIAH-1 (arXiv 2404.06654) as the puzzle `needle` writes it.
 
-Greedy; right is the whole number and nothing but it (RULER's own score also counts a number inside a longer one). No training stage
+A line stands for RULER's blank before the answer prefix, as in the traces that a model here was trained on (eval/niah.py asks as RULER
+does). Greedy; right is the whole number and nothing but it (RULER's own score also counts a number inside a longer one). No training stage
 draws these needles: they are the held-out side of the puzzle's split, from a seed of their own.
 """
 
+import bisect
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,8 +39,8 @@ def recall(
         if problems and len(problems) == len(written):
             outputs = engine.generate([prompt(p, own) for p in problems], Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS))
             right = [score(p, group[0].text) for p, group in zip(problems, outputs, strict=True)]
-            found.append({"length": length, **_mean(right), "by_depth": [
-                {"depth": depth, **_mean(right[k * count : (k + 1) * count])} for k, depth in enumerate(DEPTHS)
+            found.append({"length": length, **mean(right), "by_depth": [
+                {"depth": depth, **mean(right[k * count : (k + 1) * count])} for k, depth in enumerate(DEPTHS)
             ]})  # fmt: skip
         watch()
     return found
@@ -46,14 +49,29 @@ def recall(
 def fill(problem: Problem, tokenizer: Tokenizer, length: int, depth: float) -> Problem | None:
     """The same needle in as many refrains as fit into `length` tokens, `depth` of them before it; None if not even one fits."""
     key, value = problem.data["key"], problem.data["value"]
+    return fit(
+        lambda refrains: needle.write(key, value, refrains, round(depth * refrains)),
+        lambda written: prompt(written, tokenizer),
+        length - ANSWER_TOKENS,
+    )
 
-    def tokens(refrains: int) -> int:
-        return len(prompt(needle.write(key, value, refrains, round(depth * refrains)), tokenizer)) + ANSWER_TOKENS
 
-    # Merges never cross the line ends around a refrain, so each costs the same.
-    least, each = tokens(1), tokens(2) - tokens(1)
-    refrains = 1 + (length - least) // each
-    return needle.write(key, value, refrains, round(depth * refrains)) if refrains > 0 else None
+def fit(write: Callable[[int], Problem], ids: Callable[[Problem], Sequence[int]], most: int) -> Problem | None:
+    """write(n) for the largest n >= 1 whose ids are at most `most`; None if there is none. ids(write(n)) must grow with n."""
+
+    def tokens(n: int) -> int:
+        return len(ids(write(n)))
+
+    least = tokens(1)
+    each = max((tokens(9) - least) / 8, 1)
+    low, step = max(1 + math.floor((most - least) / each), 0), 1  # exact where parts are of one length, else a guess
+    while low and tokens(low) > most:
+        low, step = max(low - step, 0), 2 * step
+    high, step = low + 1, 1
+    while tokens(high) <= most:
+        low, high, step = high, high + step, 2 * step
+    n = low + bisect.bisect_right(range(low + 1, high), most, key=tokens)
+    return write(n) if n else None
 
 
 def prompt(problem: Problem, tokenizer: Tokenizer) -> list[int]:
@@ -62,11 +80,10 @@ def prompt(problem: Problem, tokenizer: Tokenizer) -> list[int]:
 
 
 def score(problem: Problem, continuation: str) -> bool:
-    """Whether the first word of the continuation is the number, up to punctuation after it."""
-    said = re.match(r"\s*([0-9]+)(?![\w,]|\.[0-9])", continuation)
-    return said is not None and said[1] == problem.data["value"]
+    """Whether the continuation begins with the value, a word of its own up to punctuation after it."""
+    return re.match(rf"\s*{re.escape(problem.data['value'])}(?![\w,]|\.[0-9])", continuation) is not None
 
 
-def _mean(right: Sequence[bool]) -> dict[str, Any]:
-    mean, low, high = passk.mean_interval(right)
-    return {"recall": mean, "low": low, "high": high, "n": len(right)}
+def mean(right: Sequence[float]) -> dict[str, Any]:
+    recall, low, high = passk.mean_interval(right)
+    return {"recall": recall, "low": low, "high": high, "n": len(right)}

@@ -80,6 +80,34 @@ def expert_load(rows: Rows, title: str) -> str | None:
     return _svg(figure, f"{title}: load relative to an even share")
 
 
+def heat_map(cells: Rows, title: str) -> str | None:
+    """Recall over length and depth (or number of pairs): a cell of `cells` each, with its percent written in it.
+
+    cells: {"length", "depth" or "pairs", "recall": 0..1 or None, "n"}. The beginning of the text is at the top. What was not measured
+    is left empty. None without a number.
+    """
+    known = [cell for cell in cells if cell.get("recall") is not None]
+    if not known:
+        return None
+    rows, label = ("depth", "depth of the needle") if "depth" in known[0] else ("pairs", "pairs of key and value")
+    x, y = sorted({cell["length"] for cell in known}), sorted({cell[rows] for cell in known})
+    recall = np.full((len(y), len(x)), np.nan)
+    for cell in known:
+        recall[y.index(cell[rows]), x.index(cell["length"])] = cell["recall"]
+    figure, axes = _panel(title, height=min(8.0, 1.3 + 0.33 * len(y)))
+    _cells(axes, recall, strongest=0.5)  # above that the numbers are hard to read, on a dark page first
+    for (row, at), value in np.ndenumerate(recall):
+        if np.isfinite(value):
+            axes.text(at, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7 if len(x) > 10 else 9, color=INK)
+    few = min(cell["n"] for cell in known)
+    each = f"{few}" if few == max(cell["n"] for cell in known) else f"{few} or more"
+    axes.set(xlim=(-0.5, len(x) - 0.5), ylim=(len(y) - 0.5, -0.5), xlabel=f"length in tokens ({each} a cell)", ylabel=label)
+    axes.set_xticks(range(len(x)), [_short(length) for length in x])
+    axes.set_yticks(range(len(y)), [f"{value:g}" for value in y])
+    axes.grid(visible=False)
+    return _svg(figure, f"{title}: percent")
+
+
 def votes(points: Rows, title: str) -> str | None:
     """Accuracy over the number of samples k (log2): `accuracy` after, and `before` where given, dashed."""
     points = sorted((point for point in points if point.get("k")), key=lambda point: point["k"])
@@ -128,23 +156,28 @@ def _scaled(x: Floats, name: str) -> tuple[float, str]:
     return 1.0, name
 
 
+def _short(length: int) -> str:
+    return f"{length // 1024}k" if length >= 8192 and length % 1024 == 0 else f"{length:,}"
+
+
 def _ticks(count: int) -> list[int]:
     step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if count <= 16 * step)
     return list(range(0, count, step))
 
 
-def _cells(axes: Any, strength: Floats) -> None:
-    """[layers, experts] in 0..1 as opacity; one path a level keeps the page small for 61 layers of 256 experts."""
+def _cells(axes: Any, strength: Floats, strongest: float = 0.8) -> None:
+    """[rows, columns] in 0..1 as opacity up to `strongest`, NaN as nothing; one path a level keeps the page small for 61 layers of 256
+    experts."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
     square = np.array([(-0.47, -0.44), (0.47, -0.44), (0.47, 0.44), (-0.47, 0.44), (-0.47, -0.44)])
     codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
-    level = np.round(strength * (LEVELS - 1)).astype(int)
-    for value in np.unique(level):
+    level = np.round(np.nan_to_num(strength, nan=-1) * (LEVELS - 1)).astype(int)
+    for value in np.unique(level[level >= 0]):
         places = np.argwhere(level == value)[:, ::-1]
         path = Path((places[:, None] + square).reshape(-1, 2), codes * len(places))
-        axes.add_patch(PathPatch(path, facecolor=BLUE, alpha=0.04 + 0.76 * value / (LEVELS - 1), linewidth=0))
+        axes.add_patch(PathPatch(path, facecolor=BLUE, alpha=0.04 + (strongest - 0.04) * value / (LEVELS - 1), linewidth=0))
 
 
 def _panel(title: str, height: float = 2.9) -> tuple[Any, Any]:

@@ -1,12 +1,13 @@
 """Needle in a haystack: one sentence with a number, somewhere in a refrain that says nothing; then what was the number?
 
 The form of RULER's single needle S-NIAH-1 (arXiv 2404.06654, section 3.1): words to numbers in a repeated refrain. Generator, trace
-writer, oracle and verifier in one file, and `write`, with which the evaluation puts a needle at the length and depth it wants.
+writer, oracle and verifier in one file, and `write` and `hide`, with which the evaluation puts a needle at the length and depth it wants.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from pascaline.data.puzzles.base import WHITESPACE, Dial, Problem, Trace, Verdict, share, turn
@@ -14,7 +15,7 @@ from pascaline.data.puzzles.base import WHITESPACE, Dial, Problem, Trace, Verdic
 DIGITS = 7  # of RULER's numbers
 LEVELS = {"refrains": Dial(5, 0, 1_000_000), "digits": Dial(DIGITS, 1, 18)}
 REFRAIN = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-TASK = "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards."
+TASK = "A special magic {0} is hidden within the following text. Make sure to memorize it. I will quiz you about the {0} afterwards."
 
 # RULER draws its words from a package of word lists; these stand in for them.
 ADJECTIVES = (
@@ -43,15 +44,19 @@ def generate(rng: random.Random, **dials: Any) -> Problem:
 def write(key: str, value: str, refrains: int, before: int) -> Problem:
     """The problem with the needle after `before` of the refrains. Its key names the needle alone: one that is held out is so at any
     length and depth."""
-    lines = [REFRAIN] * refrains
-    lines.insert(before, f"One of the special magic numbers for {key} is: {value}.")
-    prompt = "\n".join([TASK, *lines, f"What is the special magic number for {key} mentioned in the provided text?"])
+    prompt = hide(key, value, [REFRAIN] * refrains, before)
     return Problem("needle", prompt, f"needle {key} {value}", {"key": key, "value": value, "refrains": refrains, "before": before})
 
 
+def hide(key: str, value: str, haystack: Sequence[str], before: int, joint: str = "\n", kind: str = "number") -> str:
+    """RULER's prompt up to the question: the needle after `before` parts of the haystack, which `joint` joins. kind: "number" or "uuid"."""
+    parts = [*haystack[:before], f"One of the special magic {kind}s for {key} is: {value}.", *haystack[before:]]
+    return f"{TASK.format(kind)}\n{joint.join(parts)}\nWhat is the special magic {kind} for {key} mentioned in the provided text?"
+
+
 def opening(problem: Problem) -> str:
-    """What a base model continues with the number, after the question."""
-    return f"The special magic number for {problem.data['key']} mentioned in the provided text is"
+    """What a base model continues with the number, after the question: RULER's answer prefix without the blank before it."""
+    return f"The special magic {problem.data.get('kind', 'number')} for {problem.data['key']} mentioned in the provided text is"
 
 
 def trace(problem: Problem, rng: random.Random, slip: float = 0.0) -> Trace:
