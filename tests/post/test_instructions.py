@@ -37,7 +37,7 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("length_constraints:number_words", {"relation": "less than", "num_words": 3}, "two, words", ["well-made it"]),
     ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Yes"}, "No.\n\n'Yes', so",
      ["No.\n\nYesterday", "yes\n\nno", "Yes", "a\n\nyes\n\nb", "a\nyes"]),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] of [town]", ["[name]", "[a] [b", "[a\n] [b]"]),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] of [town]", ["[name]", "[a] [b", "[a\n] [b]", "[[a]"]),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\n\np. s. more", ["Bye. PS more"]),
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye. P.P.S more", ["Bye. P.S. more"]),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "So:\n* a\n  - b", ["* a", "* a\n* b\n* c", "**a**\n* b"]),
