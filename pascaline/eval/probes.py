@@ -110,14 +110,14 @@ def _unreachable(problem: Problem) -> Problem | None:
 
 @lru_cache(maxsize=1 << 15)
 def _values(numbers: tuple[Fraction, ...]) -> frozenset[Fraction]:
-    """All that can be made of these numbers, each used once."""
+    """All that can be made of these numbers, each used once; without signs, which change no other value's size."""
     if len(numbers) == 1:
         return frozenset(numbers)
     found: set[Fraction] = set()
     for i, j in combinations(range(len(numbers)), 2):
         x, y = numbers[i], numbers[j]
         rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
-        results = {x + y, x - y, y - x, x * y, *([x / y] if y else []), *([y / x] if x else [])}
+        results = {x + y, abs(x - y), x * y, *([x / y] if y else []), *([y / x] if x else [])}
         for value in results:
             found |= _values(tuple(sorted((*rest, value))))
     return frozenset(found)
@@ -154,7 +154,7 @@ TWINS: dict[str, Callable[[Problem], Problem | None]] = {"countdown": _unreachab
 
 
 def _claims(output: Output, verdict: Verdict) -> bool:
-    return output.finish_reason == "stop" and closed(output) and output.text.strip() != "" and verdict is not Verdict.ABSTAIN
+    return output.finish_reason == "stop" and output.text.strip() != "" and verdict is not Verdict.ABSTAIN
 
 
 # ---- refusal ---------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def _pattern() -> re.Pattern[str]:
 
 
 def _kind(output: Output) -> str:
-    if not closed(output) or not output.text.strip():
+    if not output.text.strip():  # nor is there a text behind a thought that was never closed
         return "empty"
     return "refused" if refused(output.text) else "answered"
 

@@ -83,6 +83,12 @@ def test_what_is_cut_off_or_empty_is_neither_a_claim_nor_honest() -> None:
     assert told["truncated"] == 1 / 4 and told["unclosed"] == 1 / 4 and told["unjudged"] == 0
 
 
+def test_an_answer_cut_off_where_there_is_one_leaves_the_claims_as_they_are() -> None:
+    answerable = {a.prompt for a, _ in probes.pairs("countdown", 5, 7)}
+    told = measure("unanswerable", lambda s, q: said("7", "length" if q in answerable else "stop"), problems=10, seed=7)
+    assert told["claimed_on_unanswerable"] == 1 and told["truncated"] == 0.5
+
+
 def every_value(numbers: list[int]) -> set[Fraction]:
     """What three or four numbers give, written out in every way and read by the reader of the puzzle's own verifier."""
     forms = ["{}{}{}{}{}", "({}{}{}){}{}", "{}{}({}{}{})"]
@@ -112,7 +118,7 @@ def test_no_expression_reaches_the_target_of_an_unanswerable_countdown(numbers: 
 
 
 def test_an_unanswerable_chain_hangs_on_a_number_that_nobody_tells() -> None:
-    for answerable, twin in probes.pairs("chain", 50, 3, modulo=10):
+    for answerable, twin in probes.pairs("chain", 400, 3, modulo=10, steps=5):
         before, after = answerable.prompt.split(), twin.prompt.split()
         ((number, letter),) = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
         assert number.strip(",.").isdigit() and letter.strip(",.").isalpha() and len(letter.strip(",.")) == 1
@@ -268,6 +274,11 @@ def test_cut_off_answers_follow_nothing_and_unjudged_ones_count_in_no_mean() -> 
     # Two sentences in letters that many languages share, too few words to tell which.
     told = measure("system", lambda s, q: "Oui. Bon.")
     assert told["values"][-1] is None and told["n"] == 29 and told["unjudged"] == pytest.approx(1 / 30) and told["trouble"]
+
+
+def test_the_gain_is_of_questions_that_could_be_judged_both_times() -> None:
+    told = measure("system", lambda s, q: obeys(s, q) if s else "Oui. Bon.")  # the last one cannot be judged without its message
+    assert told["score"] == 1 and told["n"] == 30 and told["gain"] == pytest.approx(1 - told["without"]) and told["unjudged"] == 0
 
 
 def test_each_question_is_asked_with_its_message_and_without() -> None:
