@@ -25,7 +25,9 @@ Verifier = Callable[..., Scores]
 RIGHT = 0.99  # several scorers of others give partial credit, and rounding must not cost a right answer its point
 GROUP = "pascaline.verifiers"
 ROOM = "pascaline.post.verifiers"
-BUILT_IN: dict[str, str] = {}
+BUILT_IN: dict[str, str] = {
+    "instructions": f"{ROOM}.instructions:instructions",
+}
 
 
 def written(output: Output) -> str:
