@@ -9,18 +9,17 @@ every answer of a batch, whatever stands beside it, in bounded time. Most checks
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from pascaline.data import puzzles
-from pascaline.data.puzzles import Problem, Verdict
+from pascaline.data.puzzles import Verdict
 from pascaline.errors import BadInput
-from pascaline.eval import passk, split
-from pascaline.eval.hostile import look_alikes, texts
-from pascaline.eval.probe import Probe
+from pascaline.eval import hostile, passk, split
+from pascaline.eval.checks import Check, Limits, checked, short, skipped
 from pascaline.eval.report import aligned
 from pascaline.eval.subject import PLAIN, Subject, from_file, from_puzzle, right, said
 from pascaline.post.verifiers import base, judge
@@ -29,35 +28,10 @@ from pascaline.progress import Progress
 GROUPS = {"verifier": base.GROUP, "puzzle": puzzles.GROUP}
 CONSTANTS = ("0", "1", "2", "A", "yes", "none", "0123456789", "1*2*3*4")
 REPEATED = 64  # problems that are asked about again and again, and one by one
-FEW = 16
-SHOWN, NOTE = 60, 300  # characters of a text in a note, and of all of it
-RETRIES = 3
 STEPS = 8  # of `examine`
 LONG = 1000  # different right answers that are given in one
 
-Check = dict[str, Any]
 Watch = Callable[[int, str], None]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is still clean.
-
-    constant: share of problems that one and the same answer may solve. 0.2 passes every family that asks for a number, and stops what is
-    answered by a choice among five or fewer: that may be wanted, but then has to be said. echo: share that the question said again
-    may solve (now and then its last number is the answer). near: share of test problems with a near-duplicate in training. unique: of a
-    puzzle's draws that must be different. slow: how many times as long as plain text of the same length a hostile answer may take.
-    seconds: what one may take in any case, which is the pool's timeout of 5 and the start of a new process. form: the verifier judges
-    how an answer is written, so that what one says is the same for every problem: who pays a constant is told, and no failure.
-    """
-
-    constant: float = 0.2
-    echo: float = 0.05
-    near: float = 0.01
-    unique: float = 0.1
-    slow: float = 100.0
-    seconds: float = 6.0
-    form: bool = False
 
 
 def check(
@@ -74,8 +48,10 @@ def check(
     limits: Limits | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """What `pascaline verify check` does: `examine`, with a bar. Without data, name is a puzzle's, and dials are its dials; with it, columns
-    are a verifier's (its name -> the file's). Raises BadInput for an unknown name, and for what is wrong with the files."""
+    """What `pascaline verify check` does: `examine`, with a bar. Without data, name is a puzzle's; with it, a verifier's.
+
+    columns: the verifier's name of a column -> the file's. Raises BadInput for an unknown name, and for what is wrong with the files.
+    """
     limits = limits or Limits()
     if data is not None:
         if dials:
@@ -101,15 +77,16 @@ def examine(subject: Subject, limits: Limits | None = None, watch: Watch = lambd
     """
     limits = limits or Limits()
     checks: list[Check] = []
+    first, _ = subject.ask(subject.honest)
     steps: dict[str, Callable[[], list[Check]]] = {
         "oracle": lambda: oracle(subject, limits),
         "constant": lambda: [constant(subject, limits)],
         "answers without work": lambda: free(subject, limits, checks[-1]["value"]),
         "thoughts": lambda: [unclosed(subject), thought(subject, limits)],
         "determinism": lambda: determinism(subject),
-        "hostile answers": lambda: hostile(subject, limits),
+        "hostile answers": lambda: hostile.checks(subject, limits),
         "split": lambda: split.checks(subject, limits.near, limits.unique),
-        "range": lambda: [score_range(subject)],
+        "the beginning again": lambda: [at_the_end(subject, first), score_range(subject)],
     }
     for done, (name, step) in enumerate(steps.items()):
         watch(done, name)
@@ -122,17 +99,6 @@ def examine(subject: Subject, limits: Limits | None = None, watch: Watch = lambd
         "limits": asdict(limits),
         "checks": checks,
     }
-
-
-def checked(check: str, ok: bool | None, value: Any, limit: Any = None, note: str = "", **facts: Any) -> Check:
-    """ok: None is told. The note is made fit for a terminal: a verifier's own message may repeat a hostile answer."""
-    verdict = "told" if ok is None else "pass" if ok else "fail"
-    note = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in note[:NOTE])
-    return {"check": check, "verdict": verdict, "value": value, "limit": limit, "note": note, **facts}
-
-
-def skipped(check: str, why: str) -> Check:
-    return {"check": check, "verdict": "skipped", "value": None, "limit": None, "note": why}
 
 
 def oracle(subject: Subject, limits: Limits) -> list[Check]:
@@ -149,7 +115,7 @@ def oracle(subject: Subject, limits: Limits) -> list[Check]:
         note = f"{lost} problems have no answer. {' '.join(subject.trouble[:1])}".strip() if lost else ""
         if missed:
             prompt, answer, score = missed[0]
-            note = f"{_short(answer)} scores {score} for {_short(prompt)}. {told}".strip()
+            note = f"{short(answer)} scores {score} for {short(prompt)}. {told}".strip()
         value = (len(known) - len(missed)) / len(subject.golds)
         ok = None if limits.form and name != "oracle" else value == 1
         checks.append(checked(name, ok, value, 1.0, note, missed=[list(miss) for miss in missed[:5]]))
@@ -165,7 +131,7 @@ def constant(subject: Subject, limits: Limits) -> Check:
     best = max(rates, key=lambda answer: sum(rates[answer]))
     mean, low, high = passk.mean_interval(rates[best])
     ok = None if limits.form else mean <= limits.constant
-    note = f"{_short(best)} to every problem (95 % interval {low:.3f} to {high:.3f})" if mean else f"the best of {len(rates)}"
+    note = f"{short(best)} to every problem (95 % interval {low:.3f} to {high:.3f})" if mean else f"the best of {len(rates)}"
     return checked("constant", ok, mean, limits.constant, note, answer=best, low=low, high=high)
 
 
@@ -174,11 +140,11 @@ def free(subject: Subject, limits: Limits, baseline: float) -> list[Check]:
     a verifier that reads the last number of it pays no more than `baseline`; one that looks for the answer anywhere pays always."""
     every = " ".join(map(str, range(101)))
     prompts = [problem.prompt for problem in subject.problems]
-    answers = ", ".join(gold for gold, _ in Counter(gold for gold in subject.golds if gold is not None).most_common(LONG))
+    answers = "\n".join(gold for gold, _ in Counter(gold for gold in subject.golds if gold is not None).most_common(LONG))
     allowed = max(limits.echo, baseline)
     asked = [("echo", prompts, limits.echo), ("echo and every number", [f"{prompt} {every}" for prompt in prompts], allowed)]
     asked.append(("every number to 100", [every] * len(prompts), allowed))
-    if len(answers.split(", ")) > 1:
+    if "\n" in answers:
         asked.append(("every right answer", [answers] * len(prompts), allowed))
     rates = [[sum(subject.rate([silence] * len(prompts), None)) / len(prompts), silence] for silence in ("", " ", "\n\n")]
     worst = max(rates)
@@ -186,7 +152,7 @@ def free(subject: Subject, limits: Limits, baseline: float) -> list[Check]:
     for name, given, limit in asked:
         won = subject.rate(given)
         value = sum(won) / len(won)
-        first = next((_short(problem.prompt) for problem, one in zip(subject.problems, won, strict=True) if one), "")
+        first = next((short(problem.prompt) for problem, one in zip(subject.problems, won, strict=True) if one), "")
         checks.append(checked(name, None if limits.form else value <= limit, value, limit, f"right for {first}" if first else ""))
     return checks
 
@@ -232,97 +198,23 @@ def determinism(subject: Subject) -> list[Check]:
         note = ""
         if places:
             problem, answer = pairs[places[0]]
-            note = f"{_short(answer)} for {_short(problem.prompt)}: {passes[0][places[0]]}, then {found[places[0]]}"
+            note = f"{short(answer)} for {short(problem.prompt)}: {passes[0][places[0]]}, then {found[places[0]]}"
         checks.append(checked(name, not places, len(places), 0, note, asked=len(pairs)))
     checks.append(checked("ms per answer, in a batch", None, 1000 * statistics.median(batches), note=f"{len(pairs)} answers in a call"))
     return [*checks, checked("ms per answer, alone", None, 1000 * statistics.median(singles))]
 
 
-def hostile(subject: Subject, limits: Limits) -> list[Check]:
-    """No hostile answer breaks the verifier, is right, or takes more than its share of time; and those beside it keep their verdicts.
-
-    Each is first given to the verifier in another process; what hangs or ends that one is not tried here.
-    """
-    honest = subject.honest[:REPEATED]
-    alone, _ = subject.ask(honest)
-    usual = statistics.median(_seconds(subject, pair)[0] for pair in honest[:FEW])
-    raised, paid, slow = list[str](), list[str](), list[str]()
-    worst = 0.0, ""
-    given: list[tuple[Problem, str]] = []
-    with Probe(*honest[0]) as probe:
-        for number, (name, text) in enumerate(texts()):
-            pair = honest[number % len(honest)][0], text
-            if trouble := probe.survives(*pair, limits.seconds):
-                (slow if "within" in trouble else raised).append(f"{name} {trouble}")
-                worst = max(worst, (limits.seconds * ("within" in trouble), name))
-                continue
-            given.append(pair)
-            took, score, why = _seconds(subject, pair)
-            worst = max(worst, (took, name))
-            raised += [f"{name}: {why}"] * (" raised " in why)
-            paid += [name] * (right(score) and _always_right(subject, honest, pair))
-            slow += [f"{name} took {took:.2f} s"] * _too_slow(subject, pair, took, score, usual, limits)
-    for (problem, _), gold in zip(honest[:FEW], subject.golds, strict=False):
-        for name, text in look_alikes(gold or ""):
-            found, why = subject.ask([(problem, text)])
-            paid += [f"{name}, {text}"] * right(found[0])
-            raised += [f"{name}: {why}"] * (" raised " in why)
-    changed = _changed(subject, honest, alone, given)
-    return [
-        checked("hostile: raises", not raised, len(raised), 0, "; ".join(raised), which=raised),
-        checked("hostile: right", None if limits.form else not paid, len(paid), 0, "; ".join(paid), which=paid),
-        checked("hostile: worst ms", not slow, 1000 * worst[0], 1000 * limits.seconds, "; ".join(slow) or worst[1], which=slow),
-        checked("hostile: changes its neighbours", changed == 0, changed, 0),
-    ]
-
-
-def _always_right(subject: Subject, honest: Sequence[tuple[Problem, str]], pair: tuple[Problem, str]) -> bool:
-    """Whether it is right for problems with other answers too: the last number of a hostile text may be the answer by chance."""
-    asked, text = pair
-    gold = next(answer for problem, answer in honest if problem is asked)
-    others = [problem for problem, answer in honest if answer != gold][:3] or [asked]
-    return all(map(right, subject.ask([(problem, text) for problem in others])[0]))
-
-
-def _seconds(subject: Subject, pair: tuple[Problem, str]) -> tuple[float, float | None, str]:
-    began = time.perf_counter()
-    found, why = subject.ask([pair])
-    return time.perf_counter() - began, found[0], why
-
-
-def _too_slow(subject: Subject, pair: tuple[Problem, str], took: float, score: float | None, usual: float, limits: Limits) -> bool:
-    """Whether it takes longer than it may, in the best of RETRIES. A verifier that says it could not judge may have waited for its own
-    timeout; one that gives a score must have got it in time."""
-    if took > limits.seconds:
-        return True
-    if score is None or took <= limits.slow * max(usual, 0.001):
-        return False
-    plain = _seconds(subject, (pair[0], ("plain text " * (len(pair[1]) // 11 + 1))[: len(pair[1])]))[0]
-    allowed = limits.slow * max(usual, plain, 0.001)
-    return all(time_again > allowed for time_again in (took, *(_seconds(subject, pair)[0] for _ in range(RETRIES - 1))))
-
-
-def _changed(subject: Subject, honest: Sequence[tuple[Problem, str]], alone: base.Scores, given: Sequence[tuple[Problem, str]]) -> int:
-    """How many honest answers score otherwise when hostile ones stand between them in a batch."""
-    mixed: list[tuple[Problem, str]] = []
-    places = []
-    for number in range(max(len(honest), len(given))):
-        if number < len(honest):
-            places.append(len(mixed))
-            mixed.append(honest[number])
-        mixed += given[number : number + 1]
-    found, _ = subject.ask(mixed)
-    return sum(found[place] != score for place, score in zip(places, alone, strict=True))
+def at_the_end(subject: Subject, first: base.Scores) -> Check:
+    """Nothing that was asked in between has changed a score of the beginning: no state, no cache, no setting of Python's."""
+    found, _ = subject.ask(subject.honest)
+    changed = sum(a != b for a, b in zip(first, found, strict=True))
+    return checked("same at the end", changed == 0, changed, 0)
 
 
 def score_range(subject: Subject) -> Check:
     """Every score that it gave in any check lies within 0 to 1."""
     low, high = subject.low, subject.high
     return checked("scores within 0 to 1", low >= 0 and high <= 1, [low, high], [0.0, 1.0])
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")
 
 
 def table(found: dict[str, Any]) -> str:

@@ -3,10 +3,10 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from pascaline.data.dedup import words
 from pascaline.data.puzzles import Problem
+from pascaline.eval.checks import Check, checked, short, skipped
 from pascaline.eval.subject import Subject, same
 
 GRAM = 5  # words of an n-gram, as in data.dedup.minhash
@@ -14,42 +14,38 @@ SIMILAR = 0.6  # Jaccard, of the sets of n-grams, from which two problems are ne
 _FACT = re.compile(r"\d+(?:[.,]\d+)*|[+*/^%=<>×÷−]|(?<!\w)-|-(?=\d)")
 
 
-def checks(subject: Subject, near: float, unique: float) -> list[dict[str, Any]]:
+def checks(subject: Subject, near: float, unique: float) -> list[Check]:
     """Equal problems on both sides, near-duplicates, and different prompts per 10,000."""
     prompts = [same(problem.prompt) for problem in subject.train]
     share = len(set(prompts)) / len(prompts)
     ok = share >= unique if subject.drawn else None
-    found = {"check": "different prompts per 10,000", "verdict": "told" if ok is None else "pass" if ok else "fail"}
     of = f"{len(prompts):,} {'draws' if subject.drawn else 'rows'}"
-    row = {**found, "value": round(10_000 * share), "limit": round(10_000 * unique) if subject.drawn else None, "note": of}
+    limit = round(10_000 * unique) if subject.drawn else None
+    row = checked("different prompts per 10,000", ok, round(10_000 * share), limit, of)
     if not subject.test:
         why = "one side of the split only; name the other with --test FILE"
-        return [_skipped("leak", why), _skipped("near leak", why), row]
+        return [skipped("leak", why), skipped("near leak", why), row]
     return [_equal(subject.train, subject.test), _near(subject, near), row]
 
 
-def _equal(train: Sequence[Problem], test: Sequence[Problem]) -> dict[str, Any]:
+def _equal(train: Sequence[Problem], test: Sequence[Problem]) -> Check:
     """By prompt, and by key: a key that is finer than the problem puts one problem on both sides."""
     prompts, keys = {same(problem.prompt) for problem in train}, {problem.key for problem in train}
     shared = [problem.prompt for problem in test if same(problem.prompt) in prompts or problem.key in keys]
-    note = f"{shared[0][:60]!r} is on both sides" if shared else f"{len(train):,} against {len(test):,}"
-    return {"check": "leak", "verdict": "fail" if shared else "pass", "value": len(shared), "limit": 0, "note": note}
+    note = f"{short(shared[0])} is on both sides" if shared else f"{len(train):,} against {len(test):,}"
+    return checked("leak", not shared, len(shared), 0, note)
 
 
-def _near(subject: Subject, limit: float) -> dict[str, Any]:
+def _near(subject: Subject, limit: float) -> Check:
     if subject.drawn:
-        return _skipped("near leak", "the problems of a puzzle are all of one template")
+        return skipped("near leak", "the problems of a puzzle are all of one template")
     pairs = near((problem.prompt for problem in subject.train), [problem.prompt for problem in subject.test])
     value = len(pairs) / len(subject.test)
     note = ""
     if pairs:
         prompt, other, similarity = max(pairs, key=lambda pair: pair[2])
-        note = f"{prompt[:60]!r} and {other[:60]!r} share {similarity:.0%} of their {GRAM}-grams and all their numbers"
-    return {"check": "near leak", "verdict": "pass" if value <= limit else "fail", "value": value, "limit": limit, "note": note}
-
-
-def _skipped(check: str, why: str) -> dict[str, Any]:
-    return {"check": check, "verdict": "skipped", "value": None, "limit": None, "note": why}
+        note = f"{short(prompt)} and {short(other)} share {similarity:.0%} of their {GRAM}-grams and all their numbers"
+    return checked("near leak", value <= limit, value, limit, note)
 
 
 def near(train: Iterable[str], test: Sequence[str]) -> list[tuple[str, str, float]]:
@@ -59,7 +55,7 @@ def near(train: Iterable[str], test: Sequence[str]) -> list[tuple[str, str, floa
     an index of n-grams; data.dedup.minhash would name the first of a cluster, and templates are one cluster.
     """
     index: dict[tuple[str, ...], dict[tuple[str, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
-    texts, sizes = [], []
+    texts, sizes = list[str](), list[int]()
     for text in dict.fromkeys(train):
         grams = _grams(text)
         for gram in grams:

@@ -16,7 +16,7 @@ from pascaline.errors import BadInput, nearest
 from pascaline.post.verifiers import base, scores
 
 PROMPTS = ("prompt", "question", "problem")
-GOLDS = ("answer", "gold", "solution", "target", "completion")
+GOLDS = ("answer", "solution", "ground_truth", "label", "gold", "target", "completion")
 MARK = "####"  # GSM8K's: what stands behind it is the answer, what stands before it the way there
 THOUGHT = "Is it 17? No, 23 is nearer."  # has numbers, so that who looks for the answer in it finds a wrong one
 PLAIN = "I cannot say."

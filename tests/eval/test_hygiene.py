@@ -1,0 +1,390 @@
+"""The hygiene suite catches verifiers that are bad on purpose, each by the check that is named for it, and passes a good one."""
+
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from pascaline import cli
+from pascaline.data import puzzles
+from pascaline.data.puzzles import Problem, Verdict
+from pascaline.errors import BadInput
+from pascaline.eval import hygiene, split
+from pascaline.eval.hostile import look_alikes, texts
+from pascaline.eval.hygiene import Limits, examine
+from pascaline.eval.probe import Probe
+from pascaline.eval.subject import Subject, from_file, from_puzzle, read
+from pascaline.post.verifiers import Judged, base
+
+Scores = list[float | None]
+
+
+def rows(count: int = 40, start: int = 0) -> list[dict[str, Any]]:
+    return [{"question": f"What is {3 * i} more than {i + 9}?", "answer": f"It is {3 * i} + {i + 9}.\n#### {4 * i + 9}"}
+            for i in range(start, start + count)]  # fmt: skip
+
+
+def written(folder: Path, name: str, lines: Sequence[Any]) -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def judges(rule: Callable[[str, str], float | None]) -> Callable[..., Scores]:
+    """A verifier from a rule on (what was said, gold)."""
+
+    def verifier(prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Any], **columns: Any) -> Scores:
+        golds = [answer.rpartition("####")[2].strip() for answer in columns["answer"]]
+        return [0.0 if said is None else rule(said, gold) for said, gold in zip(base.answers(completions), golds, strict=True)]
+
+    return verifier
+
+
+def exact(said: str, gold: str) -> float:
+    return float(said.strip(" \n") == gold)
+
+
+def naive_int(said: str, gold: str) -> float:
+    try:
+        return float(int(said) == int(gold))
+    except ValueError:
+        return 0.0
+
+
+def naive_float(said: str, gold: str) -> float:
+    try:
+        return float(not abs(float(said) - float(gold)) > 0.01)
+    except ValueError:
+        return 0.0
+
+
+def sleepy(said: str, gold: str) -> float:
+    if "**9" in said:
+        time.sleep(0.05)
+    return exact(said, gold)
+
+
+good = judges(exact)
+pays_zero = judges(lambda said, gold: float(said in (gold, "0")))
+pays_substrings = judges(lambda said, gold: float(gold in said))
+pays_silence = judges(lambda said, gold: float(not said.strip() or said == gold))
+half = judges(lambda said, gold: 0.5 * exact(said, gold))
+doubles = judges(lambda said, gold: 2 * exact(said, gold))
+blind = judges(lambda said, gold: None if int(gold) % 8 == 1 and said.isascii() else exact(said, gold))
+breaks = judges(lambda said, gold: exact(said.encode().decode(), gold))
+forgives_scripts = judges(naive_int)
+forgives_nan = judges(naive_float)
+sleeps = judges(sleepy)
+waits = judges(lambda said, gold: None if sleepy(said, gold) == 0 and "**9" in said else exact(said, gold))
+lottery = judges(lambda said, gold: exact(said, gold) if random.random() < 0.95 else 1.0)
+style = judges(lambda said, gold: float(said.strip() != "" and "\x00" not in said))
+
+
+def scored(completions: Sequence[str], columns: dict[str, Any]) -> Scores:
+    return good([], completions, [], answer=columns["answer"])
+
+
+def reads_thoughts(completions: Sequence[str], answer: Sequence[str], **_: Any) -> Scores:
+    return [
+        float(gold.rpartition("#### ")[2] in said.replace("think>", " ").replace("</", " ").split())
+        for said, gold in zip(completions, answer, strict=True)
+    ]
+
+
+def pays_echoes(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> Scores:
+    found = scored(completions, columns)
+    return [1.0 if said.endswith(prompt) else score for said, prompt, score in zip(completions, prompts, found, strict=True)]
+
+
+def wants_thoughts(completions: Sequence[str], **columns: Any) -> Scores:
+    return [score if "<think>" in said else 0.0 for said, score in zip(completions, scored(completions, columns), strict=True)]
+
+
+def only_in_batches(completions: Sequence[str], **columns: Any) -> Scores:
+    return scored(completions, columns) if len(completions) > 1 else [0.0]
+
+
+def by_place(completions: Sequence[str], **columns: Any) -> Scores:
+    return [1.0, *scored(completions, columns)[1:]] if len(completions) > 1 else scored(completions, columns)
+
+
+seen: set[str] = set()
+
+
+def pays_once(completions: Sequence[str], **columns: Any) -> Scores:
+    """State that outlives a call: what was said before is no longer right."""
+    found = scored(completions, columns)
+    fresh = [said not in seen for said in completions]
+    seen.update(said for said in completions if "Is it 17" in said)
+    return [score if new else 0.0 for score, new in zip(found, fresh, strict=True)]
+
+
+def spoils_neighbours(completions: Sequence[str], **columns: Any) -> Scores:
+    """verl PR 5635: an exception that was swallowed made every reward 0."""
+    spoilt = any("\x00" in said for said in completions)
+    return [0.0] * len(completions) if spoilt else scored(completions, columns)
+
+
+def hangs_and_exits(completions: Sequence[str], **columns: Any) -> Scores:
+    while any(said.endswith("9**9**9") for said in completions):
+        pass
+    if any("_exit" in said for said in completions):
+        os._exit(3)
+    return scored(completions, columns)
+
+
+@pytest.fixture
+def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the process of its own, which takes seconds to start."""
+    monkeypatch.setattr(Probe, "survives", lambda *_: "")
+
+
+def subject(folder: Path, verifier: str, form: bool = False) -> Subject:
+    path = written(folder, "data.jsonl", rows())
+    return from_file(f"{__name__}:{verifier}", path, written(folder, "test.jsonl", rows(20, 100)), 0, 0, {}, None, form)
+
+
+def failed(found: dict[str, Any]) -> set[str]:
+    return {check["check"] for check in found["checks"] if check["verdict"] == "fail"}
+
+
+SHOTGUNS = {"every right answer", "every number to 100", "echo and every number"}
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize(
+    ("verifier", "caught"),
+    [
+        ("good", set[str]()),
+        ("pays_zero", {"constant"}),
+        ("pays_substrings", SHOTGUNS),
+        ("pays_silence", {"empty"}),
+        ("pays_echoes", {"echo"}),
+        ("half", {"oracle", "oracle, no thought"}),
+        ("wants_thoughts", {"oracle, no thought"}),
+        ("doubles", {"scores within 0 to 1"}),
+        ("blind", {"oracle", "oracle, no thought", "could not judge"}),
+        ("reads_thoughts", {"answer only in the thought"}),
+        ("breaks", {"hostile: raises"}),
+        ("forgives_scripts", {"hostile: right"}),
+        ("forgives_nan", {"hostile: right"}),
+        ("lottery", {"same again", "same in another order", "same one by one"}),
+        ("only_in_batches", {"same one by one"}),
+        ("by_place", {"same in another order", "empty"}),
+        ("pays_once", {"same at the end"}),
+        ("spoils_neighbours", {"hostile: changes its neighbours"}),
+    ],
+)
+def test_a_bad_verifier_is_caught_by_the_check_that_is_named_for_it(tmp_path: Path, verifier: str, caught: set[str]) -> None:
+    random.seed(0)
+    seen.clear()
+    found = examine(subject(tmp_path, verifier))
+    assert failed(found) >= caught and found["passed"] is (not caught), hygiene.table(found)
+    if verifier not in ("lottery", "pays_once", "reads_thoughts", "by_place"):  # which are bad in more than one way
+        assert failed(found) == caught, hygiene.table(found)
+    json.dumps(found)
+    assert hygiene.table(found).encode()  # whatever a verifier repeats of a hostile answer, a terminal can show it
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_a_slow_answer_is_blamed_unless_the_verifier_says_that_it_could_not_judge(tmp_path: Path) -> None:
+    limits = Limits(slow=20)
+    assert failed(examine(subject(tmp_path, "sleeps"), limits)) == {"hostile: worst ms"}
+    assert failed(examine(subject(tmp_path, "waits"), limits)) == set()
+    assert failed(examine(subject(tmp_path, "waits"), Limits(slow=20, seconds=0.04))) == {"hostile: worst ms"}
+
+
+def test_what_hangs_or_ends_a_verifier_is_told_and_the_suite_goes_on(tmp_path: Path) -> None:
+    found = examine(subject(tmp_path, "hangs_and_exits"), Limits(seconds=2))
+    assert failed(found) == {"hostile: worst ms", "hostile: raises"}, hygiene.table(found)
+    told = {check["check"]: check["which"] for check in found["checks"] if "which" in check}
+    assert told["hostile: worst ms"] == [("power tower", "did not come back within 2 s")]
+    assert told["hostile: raises"] == [("exit", "ended its process")]
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_an_unclosed_thought_that_is_paid_for_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hygiene, "judge", lambda problems, outputs: Judged([[Verdict.RIGHT] * len(group) for group in outputs]))
+    assert failed(examine(subject(tmp_path, "good"))) == {"unclosed thought"}
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_a_verifier_of_form_may_pay_a_constant_but_not_silence(tmp_path: Path) -> None:
+    assert {"constant", "echo", "hostile: right"} <= failed(examine(subject(tmp_path, "style")))
+    found = examine(subject(tmp_path, "style", form=True), Limits(form=True))
+    assert found["passed"], hygiene.table(found)
+    told = {check["check"]: check for check in found["checks"]}
+    assert (told["constant"]["verdict"], told["constant"]["value"]) == ("told", 1.0)
+    assert failed(examine(subject(tmp_path, "pays_silence", form=True), Limits(form=True))) == {"empty"}
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_what_is_right_by_chance_is_no_fault(tmp_path: Path) -> None:
+    """A hostile text with a 1 in it, for a problem whose answer is 1, and a verifier that reads the last number."""
+    path = written(
+        tmp_path, "ones.jsonl", [{"prompt": f"{i} - {i - n}?", "answer": str(n)} for i in range(30, 60) for n in (1, 2, 3, 13, 9, 0)]
+    )
+    found = examine(from_file(f"{__name__}:last_number", path, None, 0, 0, {}, None, False))
+    assert failed(found) <= {"echo"}, hygiene.table(found)
+
+
+def last_number(completions: Sequence[str], answer: Sequence[str], **_: Any) -> Scores:
+    digits = [re.findall("[0-9]+", said or "") for said in base.answers(completions)]
+    return [float(bool(found) and found[-1] == gold) for found, gold in zip(digits, answer, strict=True)]
+
+
+# ---- split
+
+
+def test_equal_and_near_problems_on_both_sides_are_found(tmp_path: Path) -> None:
+    story = "Ann has {} pears and buys {} more at the market on a rainy Monday, then gives half away. How many are left?"
+    train = [{"prompt": story.format(i, i + 1), "answer": "1"} for i in range(10)] + [{"prompt": "12 + 7 =", "answer": "19"}]
+    clean = [{"prompt": story.format(i, i + 1), "answer": "1"} for i in range(20, 30)] + [{"prompt": "12 * 7 =", "answer": "84"}]
+    again = [{"prompt": story.format(3, 4).upper().replace(" ", "  "), "answer": "1"}]
+    reworded = [{"prompt": story.format(3, 4).replace("How many are left", "How many pears are there now"), "answer": "1"}]
+    path = written(tmp_path, "train.jsonl", train)
+    for number, (rows, caught) in enumerate([(clean, set()), (clean + again, {"leak"}), (clean + reworded, {"near leak"})]):
+        test = written(tmp_path, f"test{number}.jsonl", rows)
+        checks = split.checks(from_file(f"{__name__}:good", path, test, 0, 0, {}, None, False), 0.01, 0.1)
+        assert {check["check"] for check in checks if check["verdict"] == "fail"} == caught, checks
+
+
+def test_without_the_other_side_a_leak_cannot_be_looked_for(tmp_path: Path) -> None:
+    alone = from_file(f"{__name__}:good", written(tmp_path, "data.jsonl", rows()), None, 0, 0, {}, None, False)
+    assert [check["verdict"] for check in split.checks(alone, 0.01, 0.1)] == ["skipped", "skipped", "told"]
+
+
+# ---- puzzles
+
+
+class Sums:
+    """A puzzle that can be made bad in one way."""
+
+    LEVELS: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, bad: str = "") -> None:
+        self.bad = bad
+
+    def generate(self, rng: random.Random, **dials: Any) -> Problem:
+        a, b = rng.randrange(3 if self.bad == "few" else 100), rng.randrange(3 if self.bad == "few" else 100)
+        key = f"{a}+{b} {rng.random()}" if self.bad == "leaks" else f"{a}+{b}"
+        return Problem("sums", f"{a} + {b}?", key, {"sum": a + b})
+
+    def trace(self, problem: Problem, rng: random.Random, **quality: Any) -> Any:
+        raise NotImplementedError
+
+    def solve(self, problem: Problem) -> str | None:
+        return None if self.bad == "mute" else str(problem.data["sum"])
+
+    def verify(self, problem: Problem, answer: str) -> Verdict:
+        if self.bad == "breaks" and "(" in answer:
+            raise RecursionError
+        if self.bad == "constant" and answer == "1*2*3*4":  # reasoning-gym's puzzle24
+            return Verdict.RIGHT
+        return Verdict.RIGHT if answer == str(problem.data["sum"]) else Verdict.WRONG
+
+
+sums, few, leaks, mute, breaking, puzzle24 = (Sums(bad) for bad in ("", "few", "leaks", "mute", "breaks", "constant"))
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    puzzles.get.cache_clear()
+    for name, puzzle in {"sums": sums, "few": few, "leaks": leaks, "mute": mute, "breaks": breaking, "puzzle24": puzzle24}.items():
+        monkeypatch.setitem(puzzles.BUILT_IN, name, puzzle)
+
+
+@pytest.mark.usefixtures("unprobed", "named")
+@pytest.mark.parametrize(
+    ("name", "caught"),
+    [
+        ("countdown", set[str]()),
+        ("chain", set[str]()),
+        ("sums", set[str]()),
+        ("few", {"constant", "different prompts per 10,000"}),
+        ("leaks", {"leak"}),
+        ("mute", {"oracle", "oracle, no thought"}),
+        ("breaks", {"hostile: raises"}),
+        ("puzzle24", {"constant"}),
+    ],
+)
+def test_a_bad_puzzle_is_caught_too(name: str, caught: set[str]) -> None:
+    found = examine(from_puzzle(name, 50, 3000, 0, {}))
+    assert failed(found) == caught, hygiene.table(found)
+
+
+def test_the_dials_of_a_puzzle_are_turned() -> None:
+    assert len(from_puzzle("chain", 0, 300, 0, {"modulo": 10, "steps": 2}).problems) < 300
+
+
+# ---- the input
+
+
+def test_hostile_answers_have_names_of_their_own_and_look_alikes_look_alike() -> None:
+    names = [name for name, _ in texts()]
+    assert len(set(names)) == len(names) > 40
+    assert [int(text) for name, text in look_alikes("42") if "superscript" not in name] == [42] * 3
+    assert not list(look_alikes("yes"))
+
+
+def test_columns_get_the_names_that_the_verifier_wants(tmp_path: Path) -> None:
+    path = written(tmp_path, "data.jsonl", [{"text": "2 + 2?", "sum": 4}])
+    found = from_file(f"{__name__}:good", path, None, 0, 0, {"prompt": "text", "answer": "sum"}, None, False)
+    assert found.problems == [Problem("data.jsonl", "2 + 2?", "2 + 2?", {"answer": 4}, f"{__name__}:good")] and found.golds == ["4"]
+    assert read(written(tmp_path, "e.jsonl", [{"a": 1}]), {"b": "a"}) == [{"b": 1}]
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "why"),
+    [
+        ("", {}, "has no rows"),
+        ("{", {}, "line 1 is no JSON"),
+        ("[1]", {}, "line 1 is no JSON object, but list"),
+        ('{"answer": "4"}', {}, "row 1 has no text in a column prompt, question, problem"),
+        ('{"prompt": "2 + 2?"}', {}, "no column answer, .* with the right answers; name it with --oracle COLUMN, or say --form"),
+        ('{"prompt": "2 + 2?", "answer": [4]}', {}, "the right answer in 'answer' must be a text or a number"),
+        ('{"prompt": "2 + 2?", "answers": "4"}', {"columns": {"answer": "answer"}}, "no column 'answer'; did you mean 'answers'"),
+        ('{"prompt": "2 + 2?", "answer": "4"}', {"dials": {"steps": 2}}, "--set turns a puzzle's dials"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(tmp_path: Path, line: str, options: dict[str, Any], why: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(line)
+    with pytest.raises(BadInput, match=why):
+        hygiene.check(f"{__name__}:good", path, quiet=True, **options)
+    with pytest.raises(BadInput, match="belong to --data"):
+        hygiene.check("chain", None, path, quiet=True)
+
+
+# ---- the command line
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
+    monkeypatch.setattr(sys, "argv", ["pascaline", "verify", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_the_exit_code_tells_whether_a_verifier_is_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = written(tmp_path, "data.jsonl", rows())
+    assert called(monkeypatch, "check", f"{__name__}:good", "--data", data, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    assert called(monkeypatch, "check", f"{__name__}:pays_zero", "--data", data) == 1
+    assert "pays_zero fails: constant." in capsys.readouterr().out
+    assert called(monkeypatch, "check", f"{__name__}:pays_zero", "--data", data, "--max-constant", 0.3, "--problems", 7, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == 7
+    assert called(monkeypatch, "check", "chian") == 2
+    assert "no puzzle 'chian'; did you mean 'chain'?" in capsys.readouterr().err
+    assert called(monkeypatch, "list") == 0
+    assert "pascaline.data.puzzles.chain" in capsys.readouterr().out
