@@ -16,11 +16,11 @@ from pascaline import cli
 from pascaline.data import puzzles
 from pascaline.data.puzzles import Problem, Verdict
 from pascaline.errors import BadInput
-from pascaline.eval import hygiene, split
-from pascaline.eval.hostile import look_alikes, texts
-from pascaline.eval.hygiene import Limits, examine
-from pascaline.eval.probe import Probe
-from pascaline.eval.subject import Subject, from_file, from_puzzle, read
+from pascaline.eval import hygiene
+from pascaline.eval.hygiene import Limits, examine, split
+from pascaline.eval.hygiene.hostile import look_alikes, texts
+from pascaline.eval.hygiene.probe import Probe
+from pascaline.eval.hygiene.subject import Subject, from_file, from_puzzle, read
 from pascaline.post.verifiers import Judged, base
 
 Scores = list[float | None]
@@ -382,7 +382,7 @@ def test_the_exit_code_tells_whether_a_verifier_is_clean(
     assert json.loads(capsys.readouterr().out)["passed"]
     assert called(monkeypatch, "check", f"{__name__}:pays_zero", "--data", data) == 1
     assert "pays_zero fails: constant." in capsys.readouterr().out
-    assert called(monkeypatch, "check", f"{__name__}:pays_zero", "--data", data, "--max-constant", 0.3, "--problems", 7, "--json") == 0
+    assert called(monkeypatch, "check", f"{__name__}:pays_zero", "--data", data, "--max-constant", 1, "--problems", 7, "--json") == 0
     assert json.loads(capsys.readouterr().out)["problems"] == 7
     assert called(monkeypatch, "check", "chian") == 2
     assert "no puzzle 'chian'; did you mean 'chain'?" in capsys.readouterr().err

@@ -69,7 +69,7 @@ class Probe:
 
 def _start() -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-c", "from pascaline.eval.probe import listen; listen()"]
+    command = [sys.executable, "-c", "from pascaline.eval.hygiene.probe import listen; listen()"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
                             start_new_session=True)  # fmt: skip
 
@@ -78,7 +78,7 @@ def listen() -> None:
     """The other process: a line in, [problem, text], a line out. What a verifier prints goes elsewhere."""
     out: IO[Any] = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from pascaline.eval.subject import ask, said
+    from pascaline.eval.hygiene.subject import ask, said
 
     for line in sys.stdin:
         problem, text = json.loads(line)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from pascaline.data.dedup import words
 from pascaline.data.puzzles import Problem
-from pascaline.eval.checks import Check, checked, short, skipped
-from pascaline.eval.subject import Subject, same
+from pascaline.eval.hygiene.checks import Check, checked, short, skipped
+from pascaline.eval.hygiene.subject import Subject, same
 
 GRAM = 5  # words of an n-gram, as in data.dedup.minhash
 SIMILAR = 0.6  # Jaccard, of the sets of n-grams, from which two problems are near-duplicates

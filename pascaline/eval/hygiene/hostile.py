@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pascaline.data.puzzles import Problem
-from pascaline.eval.checks import Check, Limits, checked
-from pascaline.eval.probe import Probe
-from pascaline.eval.subject import Subject, right
+from pascaline.eval.hygiene.checks import Check, Limits, checked
+from pascaline.eval.hygiene.probe import Probe
+from pascaline.eval.hygiene.subject import Subject, right
 from pascaline.post.verifiers import base
 
 MOST, FEW = 64, 16  # honest answers that they stand between; problems that are timed, and whose answers are written in other digits
