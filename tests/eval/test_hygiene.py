@@ -77,6 +77,7 @@ pays_substrings = judges(lambda said, gold: float(gold in said))
 pays_silence = judges(lambda said, gold: float(not said.strip() or said == gold))
 half = judges(lambda said, gold: 0.5 * exact(said, gold))
 doubles = judges(lambda said, gold: 2 * exact(said, gold))
+infinite = judges(lambda said, gold: float("inf") if said == gold else 0.0)
 blind = judges(lambda said, gold: None if int(gold) % 8 == 1 and said.isascii() else exact(said, gold))
 breaks = judges(lambda said, gold: exact(said.encode().decode(), gold))
 forgives_scripts = judges(naive_int)
@@ -170,6 +171,7 @@ SHOTGUNS = {"every right answer", "every number to 100", "echo and every number"
         ("half", {"oracle", "oracle, no thought"}),
         ("wants_thoughts", {"oracle, no thought"}),
         ("doubles", {"scores within 0 to 1"}),
+        ("infinite", {"scores within 0 to 1"}),
         ("blind", {"oracle", "oracle, no thought", "could not judge"}),
         ("reads_thoughts", {"answer only in the thought"}),
         ("breaks", {"hostile: raises"}),
@@ -189,7 +191,7 @@ def test_a_bad_verifier_is_caught_by_the_check_that_is_named_for_it(tmp_path: Pa
     assert failed(found) >= caught and found["passed"] is (not caught), hygiene.table(found)
     if verifier not in ("lottery", "pays_once", "reads_thoughts", "by_place"):  # which are bad in more than one way
         assert failed(found) == caught, hygiene.table(found)
-    json.dumps(found)
+    json.dumps(found, allow_nan=False)
     assert hygiene.table(found).encode()  # whatever a verifier repeats of a hostile answer, a terminal can show it
 
 
@@ -205,8 +207,8 @@ def test_what_hangs_or_ends_a_verifier_is_told_and_the_suite_goes_on(tmp_path: P
     found = examine(subject(tmp_path, "hangs_and_exits"), Limits(seconds=2))
     assert failed(found) == {"hostile: worst ms", "hostile: raises"}, hygiene.table(found)
     told = {check["check"]: check["which"] for check in found["checks"] if "which" in check}
-    assert told["hostile: worst ms"] == [("power tower", "did not come back within 2 s")]
-    assert told["hostile: raises"] == [("exit", "ended its process")]
+    assert told["hostile: worst ms"] == [["power tower", "did not come back within 2 s"]]
+    assert told["hostile: raises"] == [["exit", "ended its process"]]
 
 
 @pytest.mark.usefixtures("unprobed")
@@ -238,6 +240,33 @@ def test_what_is_right_by_chance_is_no_fault(tmp_path: Path) -> None:
 def last_number(completions: Sequence[str], answer: Sequence[str], **_: Any) -> Scores:
     digits = [re.findall("[0-9]+", said or "") for said in base.answers(completions)]
     return [float(bool(found) and found[-1] == gold) for found, gold in zip(digits, answer, strict=True)]
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize(("fence", "caught"), [(0, {"hostile: raises", "hostile: right"}), (1, set[str]())])
+def test_the_examples_of_the_documentation_do_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fence: int, caught: set[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "verifiers.md").read_text()
+    (tmp_path / f"rewards{fence}.py").write_text(re.findall("```python\n(.*?)```", page, re.DOTALL)[fence])
+    monkeypatch.syspath_prepend(tmp_path)
+    data = written(
+        tmp_path, "data.jsonl", [{"question": f"What is {i} + {j}?", "answer": str(i + j)} for i in range(2, 20) for j in range(3, 60, 7)]
+    )
+    assert failed(hygiene.check(f"rewards{fence}:last_number", data, count=64, quiet=True)) == caught
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_partial_credit_for_no_work_is_told(tmp_path: Path) -> None:
+    """reasoning-gym's default scorer pays for any text that holds the answer, the more the shorter it is."""
+    told = {check["check"]: check for check in examine(subject(tmp_path, "pays_in_part"))["checks"]}
+    part = told["partial credit without work"]
+    assert 0.1 < part["value"] < 0.9 and part["verdict"] == "told"
+    told = {check["check"]: check for check in examine(subject(tmp_path, "good"))["checks"]}
+    assert told["partial credit without work"]["value"] == 0
+
+
+pays_in_part = judges(lambda said, gold: exact(said, gold) or 0.5 * (gold in said))
 
 
 # ---- split

@@ -25,6 +25,7 @@ from pascaline.eval.hygiene.subject import PLAIN, Subject, from_file, from_puzzl
 from pascaline.eval.report import aligned
 from pascaline.post.verifiers import base, judge
 from pascaline.progress import Progress
+from pascaline.runs import plain
 
 GROUPS = {"verifier": base.GROUP, "puzzle": puzzles.GROUP}
 CONSTANTS = ("0", "1", "2", "A", "yes", "none", "0123456789", "1*2*3*4")
@@ -82,7 +83,7 @@ def examine(subject: Subject, limits: Limits | None = None, watch: Watch = lambd
     steps: dict[str, Callable[[], list[Check]]] = {
         "oracle": lambda: oracle(subject, limits),
         "constant": lambda: [constant(subject, limits)],
-        "answers without work": lambda: free(subject, limits, checks[-1]["value"]),
+        "answers without work": lambda: [*free(subject, limits, checks[-1]["value"]), partial(subject)],
         "thoughts": lambda: [unclosed(subject), thought(subject, limits)],
         "determinism": lambda: determinism(subject),
         "hostile answers": lambda: hostile.checks(subject, limits),
@@ -92,7 +93,7 @@ def examine(subject: Subject, limits: Limits | None = None, watch: Watch = lambd
     for done, (name, step) in enumerate(steps.items()):
         watch(done, name)
         checks += step()
-    return {
+    found = {
         "name": subject.name,
         "kind": "puzzle" if subject.drawn else "verifier",
         "problems": len(subject.problems),
@@ -100,6 +101,7 @@ def examine(subject: Subject, limits: Limits | None = None, watch: Watch = lambd
         "limits": asdict(limits),
         "checks": checks,
     }
+    return {**plain(found)}  # an infinite score is no JSON
 
 
 def oracle(subject: Subject, limits: Limits) -> list[Check]:
@@ -156,6 +158,13 @@ def free(subject: Subject, limits: Limits, baseline: float) -> list[Check]:
         first = next((short(problem.prompt) for problem, one in zip(subject.problems, won, strict=True) if one), "")
         checks.append(checked(name, None if limits.form else value <= limit, value, limit, f"right for {first}" if first else ""))
     return checks
+
+
+def partial(subject: Subject) -> Check:
+    """What wrong answers earn on the way: nothing where verdicts count, but something where scores do (rl.rewards, TRL)."""
+    value, answer = subject.part
+    note = f"the mean score of wrong answers like {short(answer)}" if value else ""
+    return checked("partial credit without work", None, value, note=note)
 
 
 def unclosed(subject: Subject) -> Check:

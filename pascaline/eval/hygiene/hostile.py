@@ -135,7 +135,7 @@ def checks(subject: Subject, limits: Limits) -> list[Check]:
     for (problem, _), gold in zip(honest[:FEW], subject.golds, strict=False):
         for name, text in look_alikes(gold or ""):
             found, why = subject.ask([(problem, text)])
-            paid += [(f"{text} ({name})", "")] * right(found[0])
+            paid += [(name, "")] * right(found[0])
             raised += [(name, why)] * (" raised " in why)
     changed = _changed(subject, honest, alone, given)
     return [

@@ -29,7 +29,7 @@ class Subject:
 
     problems: those it is asked about; golds: the right answer to each, None where there is none to be had; train and test: the two sides
     of the split (test is empty where only one is known); drawn: whether they were drawn from a puzzle. low and high: the least and the
-    greatest score that it has ever given here.
+    greatest score that it has ever given here; part: the most that wrong answers of one kind have earned on average, and the first of them.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Subject:
     drawn: bool = False
     low: float = 0.0
     high: float = 0.0
+    part: tuple[float, str] = (0.0, "")
     trouble: list[str] = field(default_factory=list)
 
     def ask(self, pairs: Sequence[tuple[Problem, str]], thought: str | None = THOUGHT) -> tuple[base.Scores, str]:
@@ -53,6 +54,8 @@ class Subject:
     def rate(self, answers: Sequence[str], thought: str | None = THOUGHT) -> list[bool]:
         """Whether each of these answers, one a problem, is right."""
         found, _ = self.ask(list(zip(self.problems, answers, strict=True)), thought)
+        wrong = [score or 0.0 for score in found if not right(score)]
+        self.part = max(self.part, (sum(wrong) / max(1, len(wrong)), answers[0]))
         return [right(score) for score in found]
 
     @property
