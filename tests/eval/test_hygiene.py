@@ -1,15 +1,14 @@
 """The hygiene suite catches verifiers that are bad on purpose, each by the check that is named for it, and passes a good one."""
 
 import json
-import os
 import random
 import re
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import fooled
 import pytest
 
 from pascaline import cli
@@ -21,9 +20,7 @@ from pascaline.eval.hygiene import Limits, examine, split
 from pascaline.eval.hygiene.hostile import look_alikes, texts
 from pascaline.eval.hygiene.probe import Probe
 from pascaline.eval.hygiene.subject import Subject, from_file, from_puzzle, read
-from pascaline.post.verifiers import Judged, base
-
-Scores = list[float | None]
+from pascaline.post.verifiers import Judged
 
 
 def rows(count: int = 40, start: int = 0) -> list[dict[str, Any]]:
@@ -37,110 +34,6 @@ def written(folder: Path, name: str, lines: Sequence[Any]) -> Path:
     return path
 
 
-def judges(rule: Callable[[str, str], float | None]) -> Callable[..., Scores]:
-    """A verifier from a rule on (what was said, gold)."""
-
-    def verifier(prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Any], **columns: Any) -> Scores:
-        golds = [answer.rpartition("####")[2].strip() for answer in columns["answer"]]
-        return [0.0 if said is None else rule(said, gold) for said, gold in zip(base.answers(completions), golds, strict=True)]
-
-    return verifier
-
-
-def exact(said: str, gold: str) -> float:
-    return float(said.strip(" \n") == gold)
-
-
-def naive_int(said: str, gold: str) -> float:
-    try:
-        return float(int(said) == int(gold))
-    except ValueError:
-        return 0.0
-
-
-def naive_float(said: str, gold: str) -> float:
-    try:
-        return float(not abs(float(said) - float(gold)) > 0.01)
-    except ValueError:
-        return 0.0
-
-
-def sleepy(said: str, gold: str) -> float:
-    if "**9" in said:
-        time.sleep(0.05)
-    return exact(said, gold)
-
-
-good = judges(exact)
-pays_zero = judges(lambda said, gold: float(said in (gold, "0")))
-pays_substrings = judges(lambda said, gold: float(gold in said))
-pays_silence = judges(lambda said, gold: float(not said.strip() or said == gold))
-half = judges(lambda said, gold: 0.5 * exact(said, gold))
-doubles = judges(lambda said, gold: 2 * exact(said, gold))
-infinite = judges(lambda said, gold: float("inf") if said == gold else 0.0)
-blind = judges(lambda said, gold: None if int(gold) % 8 == 1 and said.isascii() else exact(said, gold))
-breaks = judges(lambda said, gold: exact(said.encode().decode(), gold))
-forgives_scripts = judges(naive_int)
-forgives_nan = judges(naive_float)
-sleeps = judges(sleepy)
-waits = judges(lambda said, gold: None if sleepy(said, gold) == 0 and "**9" in said else exact(said, gold))
-lottery = judges(lambda said, gold: exact(said, gold) if random.random() < 0.95 else 1.0)
-style = judges(lambda said, gold: float(said.strip() != "" and "\x00" not in said))
-
-
-def scored(completions: Sequence[str], columns: dict[str, Any]) -> Scores:
-    return good([], completions, [], answer=columns["answer"])
-
-
-def reads_thoughts(completions: Sequence[str], answer: Sequence[str], **_: Any) -> Scores:
-    return [
-        float(gold.rpartition("#### ")[2] in said.replace("think>", " ").replace("</", " ").split())
-        for said, gold in zip(completions, answer, strict=True)
-    ]
-
-
-def pays_echoes(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> Scores:
-    found = scored(completions, columns)
-    return [1.0 if said.endswith(prompt) else score for said, prompt, score in zip(completions, prompts, found, strict=True)]
-
-
-def wants_thoughts(completions: Sequence[str], **columns: Any) -> Scores:
-    return [score if "<think>" in said else 0.0 for said, score in zip(completions, scored(completions, columns), strict=True)]
-
-
-def only_in_batches(completions: Sequence[str], **columns: Any) -> Scores:
-    return scored(completions, columns) if len(completions) > 1 else [0.0]
-
-
-def by_place(completions: Sequence[str], **columns: Any) -> Scores:
-    return [1.0, *scored(completions, columns)[1:]] if len(completions) > 1 else scored(completions, columns)
-
-
-seen: set[str] = set()
-
-
-def pays_once(completions: Sequence[str], **columns: Any) -> Scores:
-    """State that outlives a call: what was said before is no longer right."""
-    found = scored(completions, columns)
-    fresh = [said not in seen for said in completions]
-    seen.update(said for said in completions if "Is it 17" in said)
-    return [score if new else 0.0 for score, new in zip(found, fresh, strict=True)]
-
-
-def spoils_neighbours(completions: Sequence[str], **columns: Any) -> Scores:
-    """verl PR 5635: an exception that was swallowed made every reward 0."""
-    spoilt = any("\x00" in said for said in completions)
-    return [0.0] * len(completions) if spoilt else scored(completions, columns)
-
-
-def hangs_and_exits(completions: Sequence[str], **columns: Any) -> Scores:
-    while any(said.endswith("9**9**9") for said in completions):
-        pass
-    if any("_exit" in said for said in completions):
-        os._exit(3)
-    return scored(completions, columns)
-
-
 @pytest.fixture
 def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the process of its own, which takes seconds to start."""
@@ -149,7 +42,7 @@ def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def subject(folder: Path, verifier: str, form: bool = False) -> Subject:
     path = written(folder, "data.jsonl", rows())
-    return from_file(f"{__name__}:{verifier}", path, written(folder, "test.jsonl", rows(20, 100)), 0, 0, {}, None, form)
+    return from_file(f"fooled:{verifier}", path, written(folder, "test.jsonl", rows(20, 100)), 0, 0, {}, None, form)
 
 
 def failed(found: dict[str, Any]) -> set[str]:
@@ -186,7 +79,7 @@ SHOTGUNS = {"every right answer", "every number to 100", "echo and every number"
 )
 def test_a_bad_verifier_is_caught_by_the_check_that_is_named_for_it(tmp_path: Path, verifier: str, caught: set[str]) -> None:
     random.seed(0)
-    seen.clear()
+    fooled.seen.clear()
     found = examine(subject(tmp_path, verifier))
     assert failed(found) >= caught and found["passed"] is (not caught), hygiene.table(found)
     if verifier not in ("lottery", "pays_once", "reads_thoughts", "by_place"):  # which are bad in more than one way
@@ -233,13 +126,8 @@ def test_what_is_right_by_chance_is_no_fault(tmp_path: Path) -> None:
     path = written(
         tmp_path, "ones.jsonl", [{"prompt": f"{i} - {i - n}?", "answer": str(n)} for i in range(30, 60) for n in (1, 2, 3, 13, 9, 0)]
     )
-    found = examine(from_file(f"{__name__}:last_number", path, None, 0, 0, {}, None, False))
+    found = examine(from_file("fooled:last_number", path, None, 0, 0, {}, None, False))
     assert failed(found) <= {"echo"}, hygiene.table(found)
-
-
-def last_number(completions: Sequence[str], answer: Sequence[str], **_: Any) -> Scores:
-    digits = [re.findall("[0-9]+", said or "") for said in base.answers(completions)]
-    return [float(bool(found) and found[-1] == gold) for found, gold in zip(digits, answer, strict=True)]
 
 
 @pytest.mark.usefixtures("unprobed")
@@ -266,9 +154,6 @@ def test_partial_credit_for_no_work_is_told(tmp_path: Path) -> None:
     assert told["partial credit without work"]["value"] == 0
 
 
-pays_in_part = judges(lambda said, gold: exact(said, gold) or 0.5 * (gold in said))
-
-
 # ---- split
 
 
@@ -281,12 +166,12 @@ def test_equal_and_near_problems_on_both_sides_are_found(tmp_path: Path) -> None
     path = written(tmp_path, "train.jsonl", train)
     for number, (rows, caught) in enumerate([(clean, set()), (clean + again, {"leak"}), (clean + reworded, {"near leak"})]):
         test = written(tmp_path, f"test{number}.jsonl", rows)
-        checks = split.checks(from_file(f"{__name__}:good", path, test, 0, 0, {}, None, False), 0.01, 0.1)
+        checks = split.checks(from_file("fooled:good", path, test, 0, 0, {}, None, False), 0.01, 0.1)
         assert {check["check"] for check in checks if check["verdict"] == "fail"} == caught, checks
 
 
 def test_without_the_other_side_a_leak_cannot_be_looked_for(tmp_path: Path) -> None:
-    alone = from_file(f"{__name__}:good", written(tmp_path, "data.jsonl", rows()), None, 0, 0, {}, None, False)
+    alone = from_file("fooled:good", written(tmp_path, "data.jsonl", rows()), None, 0, 0, {}, None, False)
     assert [check["verdict"] for check in split.checks(alone, 0.01, 0.1)] == ["skipped", "skipped", "told"]
 
 
@@ -365,8 +250,8 @@ def test_hostile_answers_have_names_of_their_own_and_look_alikes_look_alike() ->
 
 def test_columns_get_the_names_that_the_verifier_wants(tmp_path: Path) -> None:
     path = written(tmp_path, "data.jsonl", [{"text": "2 + 2?", "sum": 4}])
-    found = from_file(f"{__name__}:good", path, None, 0, 0, {"prompt": "text", "answer": "sum"}, None, False)
-    assert found.problems == [Problem("data.jsonl", "2 + 2?", "2 + 2?", {"answer": 4}, f"{__name__}:good")] and found.golds == ["4"]
+    found = from_file("fooled:good", path, None, 0, 0, {"prompt": "text", "answer": "sum"}, None, False)
+    assert found.problems == [Problem("data.jsonl", "2 + 2?", "2 + 2?", {"answer": 4}, "fooled:good")] and found.golds == ["4"]
     assert read(written(tmp_path, "e.jsonl", [{"a": 1}]), {"b": "a"}) == [{"b": 1}]
 
 
@@ -387,7 +272,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path, line: str, options
     path = tmp_path / "data.jsonl"
     path.write_text(line)
     with pytest.raises(BadInput, match=why):
-        hygiene.check(f"{__name__}:good", path, quiet=True, **options)
+        hygiene.check("fooled:good", path, quiet=True, **options)
     with pytest.raises(BadInput, match="belong to --data"):
         hygiene.check("chain", None, path, quiet=True)
 
@@ -407,11 +292,11 @@ def test_the_exit_code_tells_whether_a_verifier_is_clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = written(tmp_path, "data.jsonl", rows())
-    assert called(monkeypatch, "check", f"{__name__}:good", "--data", data, "--json") == 0
+    assert called(monkeypatch, "check", "fooled:good", "--data", data, "--json") == 0
     assert json.loads(capsys.readouterr().out)["passed"]
-    assert called(monkeypatch, "check", f"{__name__}:pays_zero", "--data", data) == 1
+    assert called(monkeypatch, "check", "fooled:pays_zero", "--data", data) == 1
     assert "pays_zero fails: constant." in capsys.readouterr().out
-    assert called(monkeypatch, "check", f"{__name__}:pays_zero", "--data", data, "--max-constant", 1, "--problems", 7, "--json") == 0
+    assert called(monkeypatch, "check", "fooled:pays_zero", "--data", data, "--max-constant", 1, "--problems", 7, "--json") == 0
     assert json.loads(capsys.readouterr().out)["problems"] == 7
     assert called(monkeypatch, "check", "chian") == 2
     assert "no puzzle 'chian'; did you mean 'chain'?" in capsys.readouterr().err
