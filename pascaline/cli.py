@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from pascaline import verify
 from pascaline.device import place
 from pascaline.errors import BadInput
 from pascaline.stopping import Stopped
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Build corpora.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.add_typer(verify.app, name="verify")
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
 
 

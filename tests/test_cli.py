@@ -62,6 +62,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         ["report", "--help"],
         ["bench", "--help"],
         ["data", "build", "-h"],
+        ["verify", "check", "-h"],
         ["import", "-h"],
         ["export", "-h"],
     ],
