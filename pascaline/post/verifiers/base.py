@@ -21,7 +21,10 @@ Verifier = Callable[..., Scores]
 RIGHT = 0.99  # several scorers of others give partial credit, and rounding must not cost a right answer its point
 GROUP = "pascaline.verifiers"
 ROOM = "pascaline.post.verifiers"
-BUILT_IN: dict[str, str] = {}
+BUILT_IN: dict[str, str] = {
+    "integer": "pascaline.post.verifiers.numbers:integer",
+    "expression": "pascaline.post.verifiers.numbers:expression",
+}
 
 
 def written(output: Output) -> str:
