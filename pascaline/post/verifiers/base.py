@@ -27,6 +27,8 @@ GROUP = "pascaline.verifiers"
 ROOM = "pascaline.post.verifiers"
 BUILT_IN: dict[str, str] = {
     "instructions": f"{ROOM}.instructions:instructions",
+    "integer": "pascaline.post.verifiers.numbers:integer",
+    "expression": "pascaline.post.verifiers.numbers:expression",
 }
 
 
