@@ -1,15 +1,20 @@
 """Verdicts on what a model answered: by the puzzle itself, or by the verifier that a problem names."""
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pascaline.data import puzzles
 from pascaline.data.puzzles import Problem, Verdict
-from pascaline.engine import Output
 from pascaline.errors import BadInput
 from pascaline.post.verifiers.base import RIGHT, Scores, closed, get, written
+
+if TYPE_CHECKING:  # the processes of the pool load this room, and have no use for torch
+    from pascaline.engine import Output
 
 __all__ = ["Judged", "closed", "get", "judge", "scores", "written"]
 

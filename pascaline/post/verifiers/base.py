@@ -5,15 +5,19 @@ with one entry a completion; the columns are those of the problem (Problem.data)
 wrong, and None means that it could not judge. A completion is the whole text, `<think>thought</think>answer`.
 """
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pascaline.engine import Output
 from pascaline.errors import BadInput, nearest
 from pascaline.tokenizer import THINK, UNTHINK
+
+if TYPE_CHECKING:  # the processes of the pool load this room, and have no use for torch
+    from pascaline.engine import Output
 
 Scores = list[float | None]
 Verifier = Callable[..., Scores]
@@ -21,7 +25,9 @@ Verifier = Callable[..., Scores]
 RIGHT = 0.99  # several scorers of others give partial credit, and rounding must not cost a right answer its point
 GROUP = "pascaline.verifiers"
 ROOM = "pascaline.post.verifiers"
-BUILT_IN: dict[str, str] = {}
+BUILT_IN: dict[str, str] = {
+    "math": "pascaline.post.verifiers.mathematics:math",
+}
 
 
 def written(output: Output) -> str:
