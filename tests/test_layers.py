@@ -25,6 +25,7 @@ def test_import_contract() -> None:
         "import pascaline.cli, pascaline.recipe, pascaline.tokenizer",
         "import pascaline.data.puzzles, pascaline.data.sources, pascaline.data.shards",
         "import pascaline.model.config, pascaline.post.check, pascaline.post.chain; import pascaline; pascaline.run",
+        "import pascaline.post.verifiers.mathematics, pascaline.post.verifiers.latex",
         "import pascaline.eval.report, pascaline.eval.plots, pascaline.eval.passk, pascaline.chat",
     ],
 )

@@ -13,8 +13,8 @@ from pascaline.data.puzzles import Problem, Verdict
 from pascaline.errors import BadInput
 from pascaline.post.verifiers.base import RIGHT, Scores, closed, get, written
 
-if TYPE_CHECKING:
-    from pascaline.engine import Output  # which would load torch
+if TYPE_CHECKING:  # the processes of the pool load this room, and have no use for torch
+    from pascaline.engine import Output
 
 __all__ = ["Judged", "closed", "get", "judge", "scores", "written"]
 

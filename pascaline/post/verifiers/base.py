@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pascaline.errors import BadInput, nearest
 from pascaline.tokenizer import THINK, UNTHINK
 
-if TYPE_CHECKING:
-    from pascaline.engine import Output  # which would load torch
+if TYPE_CHECKING:  # the processes of the pool load this room, and have no use for torch
+    from pascaline.engine import Output
 
 Scores = list[float | None]
 Verifier = Callable[..., Scores]
@@ -27,8 +27,9 @@ GROUP = "pascaline.verifiers"
 ROOM = "pascaline.post.verifiers"
 BUILT_IN: dict[str, str] = {
     "instructions": f"{ROOM}.instructions:instructions",
-    "integer": "pascaline.post.verifiers.numbers:integer",
-    "expression": "pascaline.post.verifiers.numbers:expression",
+    "integer": f"{ROOM}.numbers:integer",
+    "expression": f"{ROOM}.numbers:expression",
+    "math": f"{ROOM}.mathematics:math",
 }
 
 
