@@ -26,6 +26,7 @@ RIGHT = 0.99  # several scorers of others give partial credit, and rounding must
 GROUP = "pascaline.verifiers"
 ROOM = "pascaline.post.verifiers"
 BUILT_IN: dict[str, str] = {
+    "gym": "pascaline.post.verifiers.gym:gym",
     "math": "pascaline.post.verifiers.mathematics:math",
 }
 
