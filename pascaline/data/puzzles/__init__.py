@@ -15,7 +15,7 @@ from hashlib import blake2b
 from importlib.metadata import entry_points
 from typing import Any, cast
 
-from pascaline.data.puzzles import chain, countdown, needle
+from pascaline.data.puzzles import chain, countdown, gym, needle
 from pascaline.data.puzzles.base import Dial, Problem, Puzzle, Trace, Verdict
 from pascaline.errors import BadInput, nearest
 
@@ -29,13 +29,15 @@ PATIENCE = 50_000  # draws in a row that bring nothing new before a space counts
 
 @lru_cache(maxsize=64)
 def get(name: str) -> Puzzle:
-    """The puzzle of this name: built in, installed by a plugin, or at `module:function`.
+    """The puzzle of this name: built in, a family of reasoning-gym's (`gym:FAMILY`), installed by a plugin, or at `module:function`.
 
     What a path or an entry point names is the puzzle itself, or a function or class that returns it when called
     without arguments. Raises BadInput for an unknown name or an object that lacks a puzzle's parts.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
+    if name.startswith(gym.PREFIX):
+        return cast(Puzzle, gym.get(name))
     plugins = {point.name: point for point in entry_points(group=GROUP)}
     if name not in plugins and ":" not in name:
         known = [*BUILT_IN, *plugins]

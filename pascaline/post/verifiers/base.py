@@ -30,6 +30,7 @@ BUILT_IN: dict[str, str] = {
     "integer": f"{ROOM}.numbers:integer",
     "expression": f"{ROOM}.numbers:expression",
     "math": f"{ROOM}.mathematics:math",
+    "gym": f"{ROOM}.gym:gym",
 }
 
 
