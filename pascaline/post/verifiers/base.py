@@ -21,7 +21,9 @@ Verifier = Callable[..., Scores]
 RIGHT = 0.99  # several scorers of others give partial credit, and rounding must not cost a right answer its point
 GROUP = "pascaline.verifiers"
 ROOM = "pascaline.post.verifiers"
-BUILT_IN: dict[str, str] = {}
+BUILT_IN: dict[str, str] = {
+    "code": f"{ROOM}.code:code",
+}
 
 
 def written(output: Output) -> str:
