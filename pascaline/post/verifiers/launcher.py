@@ -161,6 +161,7 @@ def become(order: dict, status: int) -> None:
                 file.write("0")  # the program makes no further namespaces
         limit(order["limits"], counted)
         prctl(NO_NEW_PRIVS, 1)
+        prctl(PDEATHSIG, signal.SIGKILL)  # a change of user has taken it off
         os.chdir(BOX if spaces else order["folder"])
         tell(status, protections={"files": spaces, "network": spaces, "processes": spaces, "count": counted, "user": user})
         # -P -s -S and this environment do what -I does, but for the hash seed: a fixed one, so that a verdict does not hang on the
