@@ -31,6 +31,7 @@ BUILT_IN: dict[str, str] = {
     "expression": f"{ROOM}.numbers:expression",
     "math": f"{ROOM}.mathematics:math",
     "gym": f"{ROOM}.gym:gym",
+    "code": f"{ROOM}.code:code",
 }
 
 
