@@ -225,7 +225,7 @@ def test_a_result_says_what_was_measured(folder: Path, call: Call) -> None:
     assert task["generated_and_read"] > 0 and task["seconds"] > 0 and told["comparison"] is None
 
 
-def test_answers_do_not_depend_on_how_many_problems_are_asked(folder: Path) -> None:
+def test_answers_do_not_depend_on_the_other_problems(folder: Path) -> None:
     engine = Engine(folder / "a", device="cpu")
     few, many = (
         questions.ask(engine, suite.problems(p), p, lambda done, total: None)
@@ -233,6 +233,9 @@ def test_answers_do_not_depend_on_how_many_problems_are_asked(folder: Path) -> N
     )
     assert [[o.token_ids for o in group] for group in few] == [[o.token_ids for o in group] for group in many[:3]]
     assert many[0][0].token_ids != many[1][0].token_ids
+    asked = Plan(task="chain", problems=3, samples=2, max_tokens=16)
+    turned = questions.ask(engine, suite.problems(asked)[::-1], asked, lambda done, total: None)
+    assert [[o.token_ids for o in group] for group in turned[::-1]] == [[o.token_ids for o in group] for group in few]
 
 
 def test_bits_per_byte_are_the_cross_entropy_of_the_text(folder: Path) -> None:
