@@ -48,7 +48,8 @@ def _row(label: str, task: Told, widest: int) -> list[str]:
     interval = NONE if task.get("low") is None or math.isnan(task["low"]) else f"{form(task['low'])} to {form(task['high'])}"
     most: Told = next((row for row in task.get("by_k", []) if row["k"] == widest), {})
     more = [percent(most.get("pass")), percent(most.get("majority"))] if widest > 1 else []
-    lengths = [count(task.get(key)) for key in ("tokens", "tokens_right", "tokens_wrong")]
+    answered = "tokens_right" in task  # in other tasks `tokens` may be a length of the prompt
+    lengths = [count(task.get(key)) if answered else NONE for key in ("tokens", "tokens_right", "tokens_wrong")]
     constant = percent((task.get("constant") or {}).get("score"))
     score = form(task["score"]) if share or task["score"] is None else f"{form(task['score'])} {task['unit']}"
     return [label, score, interval, count(task["n"]), constant, *more, *lengths, *(percent(task.get(key)) for key in ENDS)]

@@ -96,7 +96,8 @@ def test_nobody_wins_by_the_choice_of_tasks() -> None:
 
 def test_the_tables_hold_the_numbers() -> None:
     before, after = model("a", chain=task(1, 1, 0, 0)), model("b", chain=task(0, 1, 1, 1))
+    before["tasks"]["chain"]["tokens"] = 77  # of what, only a task that asks for answers says
     lines = tables.text({"models": [before, after]}, compare([before, after])).splitlines()
-    assert lines[0].startswith("a (") and any(line.split()[:2] == ["chain", "75.0%"] for line in lines)
+    assert lines[0].startswith("a (") and "77" not in " ".join(lines) and any(line.split()[:2] == ["chain", "75.0%"] for line in lines)
     (row,) = [line.split() for line in lines if "+25.0" in line]
     assert row[:4] == ["chain", "50.0%", "75.0%", "+25.0"] and row[-5:] == ["2", "(50.0%)", "1", "(25.0%)", "1"]
