@@ -9,11 +9,13 @@ from typing import Any, Self
 
 
 class Stopped(Exception):
-    """The user asked to stop; everything up to a step is saved. polite: by SIGTERM, as a scheduler does, and not by Ctrl-C."""
+    """The user asked to stop; everything up to a step is saved, unless it is said not to be resumable. polite: by SIGTERM, as a scheduler
+    does, and not by Ctrl-C."""
 
     def __init__(self, message: str, polite: bool = False):
         super().__init__(message)
         self.polite = polite
+        self.resumable = True
 
 
 class Interrupt:

@@ -95,29 +95,32 @@ def _every_subset(samples: int, k: int) -> NDArray[np.float32]:
     return members
 
 
-def mean_interval(means: ArrayLike) -> tuple[float, float, float]:
+def mean_interval(means: ArrayLike, bounded: bool = True) -> tuple[float, float, float]:
     """(mean, low, high): 95 % interval of an accuracy from one mean in [0, 1] per problem.
 
     Problems are the clusters: several samples of a problem share its difficulty and are no independent evidence. Normal
     approximation mean +- 1.96 * sd / sqrt(n), cut to [0, 1]; where all means are equal 0 or 1, or there is one problem,
-    that width would be zero, and Wilson's score interval (Wilson 1927) on n problems stands in. Raises BadInput for
-    no problems.
+    that width would be zero, and Wilson's score interval (Wilson 1927) on n problems stands in. bounded=False: of values
+    that are no shares; nothing is cut then, and one value alone has an interval of NaN. Raises BadInput for no problems.
     """
     values = np.asarray(means, dtype=np.float64).ravel()
     if values.size == 0:
         raise BadInput("an interval needs at least one problem")
     mean = float(values.mean())
-    if values.size == 1 or mean in (0.0, 1.0):
+    if bounded and (values.size == 1 or mean in (0.0, 1.0)):
         return mean, *_wilson(mean, values.size)
-    half = Z * float(values.std(ddof=1)) / math.sqrt(values.size)
+    half = Z * float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else math.nan
+    if not bounded:
+        return mean, mean - half, mean + half
     return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float]:
+def paired_difference(a: ArrayLike, b: ArrayLike, bounded: bool = True) -> tuple[float, float, float]:
     """(mean of a - b, low, high): 95 % interval of a gain on the same problems, so pass (after, before).
 
     Normal approximation on the per-problem differences, which cancels what the problems' difficulty adds to the spread.
     Where all differences are equal, the half-width is what Wilson leaves for an event never seen in n problems.
+    bounded=False: of values that are no shares, where nothing is cut and equal differences leave no width.
     Raises BadInput for unequal or zero counts.
     """
     first, second = np.asarray(a, dtype=np.float64).ravel(), np.asarray(b, dtype=np.float64).ravel()
@@ -126,6 +129,9 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float]:
     gains = first - second
     mean = float(gains.mean())
     spread = float(gains.std(ddof=1)) if gains.size > 1 else 0.0
+    if not bounded:
+        half = Z * spread / math.sqrt(gains.size) if gains.size > 1 else math.nan
+        return mean, mean - half, mean + half
     half = Z * spread / math.sqrt(gains.size) if spread > 0 else _wilson(0.0, gains.size)[1]
     return mean, max(-1.0, mean - half), min(1.0, mean + half)
 

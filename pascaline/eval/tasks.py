@@ -1,6 +1,6 @@
 """Held-out problems put to a model, and what comes of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,12 @@ from pascaline.post.verifiers import Judged, closed, judge
 from pascaline.recipe import Puzzle
 
 Judge = Callable[[Sequence[Problem], Sequence[Sequence[Output]]], Judged]
+Read = Callable[[Problem, str], Hashable | None]
+
+
+def said(problem: Problem, text: str) -> str | None:
+    """An answer as it is counted in a vote: its text; None for one that says nothing."""
+    return text.strip() or None
 
 
 @dataclass
@@ -60,18 +66,18 @@ class Result:
             "unjudged": float(1 - self.judged.mean()),
         }  # fmt: skip
 
+    def ballots(self, read: Read = said) -> list[list[Hashable | None]]:
+        """What each answer votes for. Who gives up, is cut off, says nothing or cannot be judged has no vote (None)."""
+        votes = (Verdict.RIGHT, Verdict.WRONG)
+        return [
+            [read(p, o.text) if v in votes and o.finish_reason == "stop" else None for o, v in zip(outs, row, strict=True)]
+            for p, outs, row in zip(self.problems, self.outputs, self.verdicts, strict=True)
+        ]
+
     def votes(self, counts: Sequence[int]) -> tuple[list[float], list[float]]:
         """Accuracy of the majority vote, and of best-of-k with the puzzle's own verifier as the judge (which is pass@k), for each k.
-        Who gives up, is cut off, says nothing or cannot be judged has no vote. Problems with fewer judged answers than the largest k
-        are left out of best-of-k."""
-        answers = [
-            [
-                (o.text.strip() or None) if v in (Verdict.RIGHT, Verdict.WRONG) and o.finish_reason == "stop" else None
-                for o, v in zip(outs, row, strict=True)
-            ]
-            for outs, row in zip(self.outputs, self.verdicts, strict=True)
-        ]
-        right, drawn = self.right, self.judged.sum(1)
+        Problems with fewer judged answers than the largest k are left out of best-of-k."""
+        answers, right, drawn = self.ballots(), self.right, self.judged.sum(1)
         enough = drawn >= max(counts)
         best = [float(passk.pass_at_k(drawn[enough], right.sum(1)[enough], k).mean()) if enough.any() else float("nan") for k in counts]
         return [passk.majority(answers, right.tolist(), k) for k in counts], best

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,11 @@ import torch
 from pascaline.data.puzzles import Problem
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.eval import passk, tasks
+from pascaline.eval.questions import read_plain
 from pascaline.ledger import COST, Totals, cost
 from pascaline.model import hf
 from pascaline.post import extension
-from pascaline.post.stages import PLAIN_ANSWER, Run
+from pascaline.post.stages import Run
 from pascaline.post.verifiers import Judged, judge
 from pascaline.runs import machine, read_json, versions, write_json
 from pascaline.stopping import Interrupt
@@ -113,12 +113,8 @@ def _base(engine: Engine, problems: list[Problem], temperature: float, top_p: fl
     own = engine.tokenizer
     assert own is not None
 
-    def read(output: Output) -> Output:
-        thought, said, answer = output.text.rpartition(f"\n{PLAIN_ANSWER}")
-        return replace(output, text=answer if said else "", reasoning=thought if said else answer)
-
     def judged(problems: Sequence[Problem], outputs: Sequence[Sequence[Output]]) -> Judged:
-        return judge(problems, [[read(o) for o in group] for group in outputs])
+        return judge(problems, [[read_plain(o) for o in group] for group in outputs])
 
     sampling = Sampling(temperature, top_p, max_tokens, 1, seed=SEED)
     result = tasks.evaluate(engine, problems, sampling, judged, lambda p: [*own.prefix, *own.encode(f"{p.prompt}\n")])
