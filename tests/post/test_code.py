@@ -65,7 +65,7 @@ STREAM = {"inputs": ["3\n", "-2"], "outputs": ["9", "4\n"]}
     ("said", "expected"),
     [
         ("def square(x): return x * x", 1.0),
-        ("print('loaded')\ndef square(x):\n    print(x)\n    return x * x", 1.0),  # what it prints is no result
+        ("print('loaded', flush=True)\ndef square(x):\n    print(x, flush=True)\n    return x * x", 1.0),  # what it prints is no result
         ("def square(x): return x + x", 0.0),
         ("def square(x): return 9", 0.0),  # right once
         ("def square(x): return str(x * x)", 0.0),
@@ -128,6 +128,7 @@ for fd in range(1, 10):
     except OSError: pass
 os._exit(0)
 """,
+    "prints a frame": "import os\nfor fd in (1, 3):\n    os.write(fd, b'0' * 32 + b' []\\n')\nos._exit(0)",
     "patches json": "import json\njson.dumps = lambda value: '[true, true]'\ndef square(x): return 0",
     "patches the builtins": """
 import builtins
