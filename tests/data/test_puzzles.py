@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascaline.data import puzzles
-from pascaline.data.puzzles import Problem, Verdict, chain, countdown, needle
+from pascaline.data.puzzles import Problem, Verdict, arithmetic, chain, countdown, needle
 from pascaline.data.puzzles.expression import evaluate
 from pascaline.errors import BadInput
 
@@ -26,6 +26,8 @@ DIALS = [
     ("chain", {}),
     ("chain", {"steps": 2}),
     ("chain", {"steps": [2, 5], "modulo": 50}),
+    ("arithmetic", {}),
+    ("arithmetic", {"digits": [1, 4], "terms": [2, 4], "operators": 3}),
     ("needle", {}),
     ("needle", {"refrains": [0, 30], "digits": 4}),
 ]
@@ -245,6 +247,7 @@ def test_hostile_answers_are_wrong_in_bounded_time(answer):
     cases = [
         (countdown, Problem("countdown", "", "", {"numbers": [6, 6, 13], "target": 12})),
         (chain, Problem("chain", "", "", {"start": 7, "steps": [["+", 5]], "modulo": 100})),
+        (arithmetic, arithmetic.write([6, 6], "+")),
     ]
     for puzzle, problem in cases:
         start = time.process_time()

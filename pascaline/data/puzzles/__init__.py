@@ -15,13 +15,18 @@ from hashlib import blake2b
 from importlib.metadata import entry_points
 from typing import Any, cast
 
-from pascaline.data.puzzles import chain, countdown, gym, needle
+from pascaline.data.puzzles import arithmetic, chain, countdown, gym, needle
 from pascaline.data.puzzles.base import Dial, Problem, Puzzle, Trace, Verdict
 from pascaline.errors import BadInput, nearest
 
 __all__ = ["BUILT_IN", "Dial", "Problem", "Puzzle", "Trace", "Verdict", "draw", "get", "held_out", "problems"]
 
-BUILT_IN: dict[str, Puzzle] = {"countdown": cast(Puzzle, countdown), "chain": cast(Puzzle, chain), "needle": cast(Puzzle, needle)}
+BUILT_IN: dict[str, Puzzle] = {
+    "countdown": cast(Puzzle, countdown),
+    "chain": cast(Puzzle, chain),
+    "arithmetic": cast(Puzzle, arithmetic),
+    "needle": cast(Puzzle, needle),
+}
 GROUP = "pascaline.puzzles"
 HELD_OUT_ONE_IN = 8
 PATIENCE = 50_000  # draws in a row that bring nothing new before a space counts as exhausted

@@ -177,7 +177,8 @@ _MARK = re.compile(rf"(?:[{_CURRENCY}]?([-+])[{_CURRENCY}]?|[{_CURRENCY}])\Z")
 _DASHES = frozenset("‐‑‒–—―")
 _OPERATORS = frozenset("+-/^<>≤≥≈~√±×÷·")
 _ALTERED = re.compile(
-    r"[\^+]|[eE][-+]?[0-9]|(?:[kKMBx]|[bm]n)(?![^\W\d_])|[- ]?(?i:hundred|thousand|million|billion|trillion|dozen|lakh|crore|[百千万萬亿億])"
+    r"[\^+]|[eE][-+]?[0-9]|(?:[kKMBx]|[bm]n)(?![^\W\d_])"
+    r"|[- ]?(?i:hundred|thousand|million|billion|trillion|dozen|lakh|crore|[百千万萬亿億])"
 )
 
 
