@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pascaline import verify
+from pascaline import measure
 from pascaline.device import place
 from pascaline.errors import BadInput
 from pascaline.stopping import Stopped
@@ -24,7 +24,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Build corpora.", no_args_is_help=True)
 app.add_typer(data, name="data")
-app.add_typer(verify.app, name="verify")
+app.add_typer(measure.verify, name="verify")
+app.command("eval")(measure.evaluate)
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
 
 
@@ -134,38 +135,6 @@ def serve(
     from pascaline.serve.server import serve as run_server
 
     run_server(engine_of(model, device, dtype, max_rows, memory, max_batch_tokens), options)
-
-
-@app.command("eval")
-def eval_(
-    models: Annotated[list[Path], typer.Argument(help="model folders, run folders, or results (.json) to compare with")],
-    tasks: Annotated[str | None, typer.Option(help="countdown,arithmetic,gsm8k:FILE,gym:chain_sum,ppl:FILE,...")] = None,
-    suite: Annotated[Path | None, typer.Option(help="a suite (suites/*.toml), or a result's .json to do it again")] = None,
-    k: Annotated[int | None, typer.Option("--k", help="answers to each problem")] = None,
-    problems: Annotated[int | None, typer.Option(help="of each task, at most")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: 0.6)")] = None,
-    top_p: Annotated[float | None, typer.Option(help="(default: 0.95)")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="of thought and answer together (default: 512)")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the problems and of the answers")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="ask in plain text: for base models, which know no chat")] = False,
-    stages: Annotated[bool, typer.Option("--stages", help="every stage's model of a run, each against the one before")] = False,
-    out: Annotated[Path | None, typer.Option(help="the result's file (.json); the same command goes on with it")] = None,
-    device: Annotated[str, typer.Option()] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    as_json: Json = False,
-) -> None:
-    """Measure models on tasks, with intervals; several are compared problem by problem: what was gained, and what was lost."""
-    from pascaline.eval import harness, tables
-    from pascaline.eval.compare import compare
-    from pascaline.runs import plain as to_json
-
-    given = {"samples": k, "problems": problems, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
-    settings = {key: value for key, value in (given | {"plain": plain or None}).items() if value is not None}
-    subjects = harness.subjects(models, stages)
-    chosen = harness.choose(tasks, suite, models, settings)
-    result = harness.run(chosen, subjects, out, device, dtype, quiet=as_json)
-    found = compare(result["models"], stages) if len(result["models"]) > 1 else None
-    print(json.dumps(to_json({**result, "comparison": found})) if as_json else tables.text(result, found))
 
 
 @app.command()

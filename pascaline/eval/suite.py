@@ -29,6 +29,7 @@ TASKS = {
     "ppl": "pascaline.eval.perplexity:perplexity",
     "niah": "pascaline.eval.niah:niah",
     "mqar": "pascaline.eval.mqar:mqar",
+    "lm": "pascaline.eval.lm:task",
     "unanswerable": "pascaline.eval.probes:unanswerable",
     "refusal": "pascaline.eval.probes:refusal",
     "system": "pascaline.eval.probes:system",
