@@ -61,6 +61,7 @@ def evaluate(
     plain: Annotated[bool, typer.Option("--plain", help="ask in plain text: for base models, which know no chat")] = False,
     stages: Annotated[bool, typer.Option("--stages", help="every stage's model of a run, each against the one before")] = False,
     out: Annotated[Path | None, typer.Option(help="the result's file (.json); the same command goes on with it")] = None,
+    html: Annotated[Path | None, typer.Option(help="a page with the tables, heat maps and some answers")] = None,
     device: Annotated[str, typer.Option()] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     as_json: Json = False,
@@ -69,6 +70,7 @@ def evaluate(
     from pascaline.eval import harness, tables
     from pascaline.eval.compare import compare
     from pascaline.runs import plain as to_json
+    from pascaline.runs import write_atomic
 
     given = {"samples": k, "problems": problems, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     settings = {key: value for key, value in (given | {"plain": plain or None}).items() if value is not None}
@@ -76,4 +78,6 @@ def evaluate(
     chosen = harness.choose(tasks, suite, models, settings)
     result = harness.run(chosen, subjects, out, device, dtype, quiet=as_json)
     found = compare(result["models"], stages) if len(result["models"]) > 1 else None
+    if html is not None:
+        write_atomic(html, tables.page_html(result, found))
     print(json.dumps(to_json({**result, "comparison": found})) if as_json else tables.text(result, found))

@@ -17,20 +17,30 @@ def report_html(report: Mapping[str, Any], curves: Curves) -> str:
 
     report: the content of report.json; curves: stage name -> rows of its metrics.jsonl. What is missing is left out.
     """
-    import jinja2
     from markupsafe import Markup
 
-    # All values are escaped by default; only the drawings made here go in as they are.
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "count": count, "flops": flops, "time": clock, "points": points, "cost_note": cost_note}
+    filters = {"percent": percent, "count": count, "flops": flops, "time": clock, "points": points, "cost_note": cost_note}
     tables = {"standing": report.get("standing"), "cost": cost_table(report.get("ledger") or {})}
     facts = {key: report.get(key) or {} for key in ("gain", "versions", "machine", "ledger")}
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     drawn = _sections(report, curves)
     sections = [(name, note, [Markup(svg) for svg in svgs if svg]) for name, note, svgs in drawn if any(svgs)]
     told = {key: report.get(key) or [] for key in ("stages", "protocols", "examples")}
     facts["tables"] = extension.tables(report.get("extension") or {})
-    return template.render(**told, **facts, **tables, recipe=report.get("recipe"), seed=report.get("seed"), sections=sections)
+    return page(
+        "report.html.jinja", filters, **told, **facts, **tables, recipe=report.get("recipe"), seed=report.get("seed"), sections=sections
+    )
+
+
+def page(name: str, filters: Mapping[str, Any], **values: Any) -> str:
+    """A template of this folder in the pages' style. All values are escaped, but for the drawings made here, which are Markup."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= filters
+    folder = Path(__file__).parent
+    template = environment.from_string((folder / name).read_text(encoding="utf-8"))
+    return template.render(**values, style=Markup((folder / "style.css").read_text(encoding="utf-8")))
 
 
 def table_text(report: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pascaline.eval.report import NONE, aligned, count, percent, points
+from pascaline.eval.report import NONE, aligned, count, page, percent, points
 
 ENDS = {"abstain": "abstain", "false_claim": "false", "truncated": "cut off", "unclosed": "unclosed", "unjudged": "no verdict"}
 Told = Mapping[str, Any]
@@ -20,6 +20,37 @@ def text(result: Told, comparison: Told | None = None) -> str:
         if comparison["without"]:
             parts.append(without_text(comparison["without"]))
     return "\n\n".join(parts)
+
+
+def page_html(result: Told, comparison: Told | None = None) -> str:
+    """The same as one page, with heat maps of what has cells, and some answers to read."""
+    from markupsafe import Markup
+
+    from pascaline.eval import plots
+
+    parts = []
+    for model in result["models"]:
+        title, table = _headed(model_text(model))
+        maps = [plots.heat_map(task["cells"], label) for label, task in model["tasks"].items() if task.get("cells")]
+        parts.append((title, table, [Markup(svg) for svg in maps if svg]))
+    if comparison:
+        parts += [(*_headed(pair_text(pair)), []) for pair in comparison["pairs"]]
+        if comparison["without"]:
+            parts.append(("Without each task in turn", without_text(comparison["without"]), []))
+    examples = [
+        (model["name"], label, example)
+        for model in result["models"]
+        for label, task in model["tasks"].items()
+        for example in task.get("examples", [])
+    ]
+    machine, versions = result["machine"], result["versions"]
+    told = f"{machine.get('cpu')}, {machine.get('cores')} cores; pascaline {versions.get('pascaline')}, torch {versions.get('torch')}."
+    return page("evaluation.html.jinja", {}, suite=result["suite"].get("name"), parts=parts, examples=examples, machine=told)
+
+
+def _headed(text: str) -> tuple[str, str]:
+    head, _, rest = text.partition("\n")
+    return head, rest
 
 
 def model_text(model: Told) -> str:
