@@ -157,15 +157,14 @@ def eval_(
     """Measure models on tasks, with intervals; several are compared problem by problem: what was gained, and what was lost."""
     from pascaline.eval import harness, tables
     from pascaline.eval.compare import compare
-    from pascaline.runs import plain as to_json
 
-    given = {"samples": k, "problems": problems, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
-    settings = {key: value for key, value in (given | {"plain": plain or None}).items() if value is not None}
+    given = {"samples": k, "problems": problems, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed,
+             "plain": plain or None}  # fmt: skip
     subjects = harness.subjects(models, stages)
-    chosen = harness.choose(tasks, suite, models, settings)
+    chosen = harness.choose(tasks, suite, models, {key: value for key, value in given.items() if value is not None})
     result = harness.run(chosen, subjects, out, device, dtype, quiet=as_json)
     found = compare(result["models"], stages) if len(result["models"]) > 1 else None
-    print(json.dumps(to_json({**result, "comparison": found})) if as_json else tables.text(result, found))
+    print(json.dumps(result | {"comparison": found}) if as_json else tables.text(result, found))
 
 
 @app.command()
