@@ -69,7 +69,6 @@ def evaluate(
     """Measure models on tasks, with intervals; several are compared problem by problem: what was gained, and what was lost."""
     from pascaline.eval import harness, tables
     from pascaline.eval.compare import compare
-    from pascaline.runs import plain as to_json
     from pascaline.runs import write_atomic
 
     given = {"samples": k, "problems": problems, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
@@ -80,4 +79,4 @@ def evaluate(
     found = compare(result["models"], stages) if len(result["models"]) > 1 else None
     if html is not None:
         write_atomic(html, tables.page_html(result, found))
-    print(json.dumps(to_json({**result, "comparison": found})) if as_json else tables.text(result, found))
+    print(json.dumps(result | {"comparison": found}) if as_json else tables.text(result, found))

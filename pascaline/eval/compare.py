@@ -9,6 +9,7 @@ from typing import Any
 from pascaline.errors import BadInput
 from pascaline.eval import passk
 from pascaline.recipe import differences
+from pascaline.runs import plain
 
 HALF = 0.5  # a problem counts as solved where more than so many of its samples are right
 Model = Mapping[str, Any]
@@ -20,7 +21,7 @@ def compare(models: Sequence[Model], each_to_the_one_before: bool = False) -> di
     BadInput where two of them were asked different problems in a task of the same name.
     """
     pairs = [pair(models[i - 1 if each_to_the_one_before else 0], models[i]) for i in range(1, len(models))]
-    return {"pairs": pairs, "without": leave_one_out(models)}
+    return plain({"pairs": pairs, "without": leave_one_out(models)})
 
 
 def pair(before: Model, after: Model) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from pascaline.errors import BadInput
 from pascaline.eval import passk, suite
 from pascaline.eval.plan import Plan, measured
 from pascaline.eval.tasks import Result, said
-from pascaline.post.verifiers import closed, judge, numbers
+from pascaline.post.verifiers import closed, judge
+from pascaline.post.verifiers.numbers import integer_reading, reading
 
 EXAMPLES = 3  # answers that are kept to be read
-READINGS = {"integer": numbers.integer_reading, "expression": numbers.reading}  # how a verifier reads an answer
+READINGS = {"integer": integer_reading, "expression": reading}  # verifier: how it reads an answer
 Watch = Callable[[int, int], None]
 
 
@@ -137,10 +138,8 @@ def by_k(result: Result) -> list[dict[str, Any]]:
 def canonical(problem: Problem, text: str) -> Hashable | None:
     """What an answer votes for: the number that it says, where the verifier judges numbers (7, 7.0 and "7 eggs" are one answer); else its
     text."""
-    if problem.verifier in READINGS:
-        value = READINGS[problem.verifier](text)
-        return said(problem, text) if value is None else f"= {value}"
-    return said(problem, text)
+    value = READINGS[problem.verifier](text) if problem.verifier in READINGS else None
+    return said(problem, text) if value is None else f"= {value}"
 
 
 def gold(problem: Problem) -> str | None:

@@ -156,6 +156,14 @@ def test_votes_are_of_what_was_said_without_the_space_around_it(tmp_path: Path) 
     assert found["by_k"][-1]["majority"] == 1.0
 
 
+def test_numbers_vote_by_their_value(tmp_path: Path) -> None:
+    answers = ["12", "The answer is 12.", "12.0", "5", "5"]
+    for verifier in ("integer", "expression"):
+        asked = Plan(task=f"file:{table(tmp_path, ['12'])}", dials={"verifier": verifier}, samples=5)
+        found = measure(lambda prompt, i: said(answers[i]), asked)
+        assert found["score"] == 0.6 and found["by_k"][-1]["majority"] == 1.0, verifier
+
+
 # ---- a real model
 
 
