@@ -196,9 +196,9 @@ def _dials(plan: Plan) -> Dials:
         dials = Dials.model_validate(plan.dials)
     except ValidationError as error:
         raise BadInput(describe_validation(error, f"dials of '{plan.task}'", Dials.model_fields)) from None
-    if dials.plain and not (dials.prefix and not plan.system):
+    if (dials.plain or plan.plain) and not (dials.prefix and not plan.system):
         raise BadInput(f"'{plan.task}': plain = true goes with the prefix and without a system message; drop one or the other.")
-    return dials
+    return dials.model_copy(update={"plain": dials.plain or plan.plain})
 
 
 def _sampling(plan: Plan, dials: Dials) -> Sampling:

@@ -21,6 +21,7 @@ from pascaline.engine import Engine, Output, Sampling
 from pascaline.errors import BadInput
 from pascaline.eval import passk
 from pascaline.eval.plan import Plan, measured
+from pascaline.eval.questions import read_plain
 from pascaline.eval.tasks import Result
 from pascaline.post.verifiers import closed, judge
 
@@ -276,13 +277,16 @@ def _messages(system: str, question: str) -> Messages:
 
 
 def _ask(engine: Engine, plan: Plan, prompts: Sequence[Messages], watch: Watch) -> list[list[Output]]:
-    """plan.samples answers to each prompt, the same for the same plan."""
+    """plan.samples answers to each prompt, the same for the same plan; asked as the tasks of problems are."""
     outputs: list[list[Output]] = []
     for start in range(0, len(prompts), CHUNK):
         sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, plan.samples, plan.seed + start)
-        outputs += engine.generate(prompts[start : start + CHUNK], sampling)
+        chats: list[Any] = list(prompts[start : start + CHUNK])
+        if plan.plain and (own := engine.tokenizer) is not None:
+            chats = [[*own.prefix, *own.encode("".join(f"{message['content']}\n" for message in chat))] for chat in chats]
+        outputs += engine.generate(chats, sampling)
         watch(len(outputs), len(prompts))
-    return outputs
+    return [[read_plain(o) for o in group] for group in outputs] if plan.plain else outputs
 
 
 def _share(row: Sequence[Any], wanted: Any) -> float:
