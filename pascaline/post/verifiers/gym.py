@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pascaline.errors import BadInput
 from pascaline.post.verifiers.base import Scores, column, split
 from pascaline.post.verifiers.pool import Failure, shared
 
@@ -18,4 +19,7 @@ def gym(prompts: Sequence[Any], completions: Sequence[str], completion_ids: Sequ
     calls = [[*item, answer] for item, answer in zip(items, answers, strict=True) if answer is not None]
     found = iter(shared(TIMEOUT).map("pascaline.data.puzzles.gym:score", calls))
     given = [0.0 if answer is None else next(found) for answer in answers]  # a thought that was never closed has no answer
+    for one in given:
+        if isinstance(one, Failure) and one.text.startswith("BadInput: "):  # of the data: no answer is at fault
+            raise BadInput(one.text.removeprefix("BadInput: "))
     return [None if isinstance(one, Failure) else one for one in given]
