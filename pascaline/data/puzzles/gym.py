@@ -162,15 +162,13 @@ def _text(family: str, dials: Mapping[str, Any]) -> str:
 @lru_cache(maxsize=32)
 def _dataset(family: str, config: str) -> Any:
     """A data set of this config (JSON), of any seed: making one reads files for up to half a second, so each is made once."""
-    kinds, dials = _library().factory.DATASETS[family][1], json.loads(config)
-    known = {field.name: getattr(kinds(), field.name) for field in fields(kinds) if field.name not in ("seed", "size")}
-    known = {name: value for name, value in known.items() if not is_dataclass(value)}
+    kind, dials = _library().factory.DATASETS[family][1], json.loads(config)
+    known = [one.name for one in fields(kind) if one.name not in ("seed", "size") and not is_dataclass(getattr(kind(), one.name))]
     for name in dials:
         if name not in known:
             raise BadInput(f"puzzle '{PREFIX}{family}' has no dial '{name}'{nearest(name, known)} (it has {', '.join(known) or 'none'})")
-    given = {name: tuple(value) if isinstance(known[name], tuple) and isinstance(value, list) else value for name, value in dials.items()}
     try:
-        return _library().create_dataset(family, seed=0, size=SIZE, **given)
+        return _library().create_dataset(family, seed=0, size=SIZE, **dials)
     except Exception as error:  # of checks that are not ours, which know these dials alone
         raise BadInput(f"puzzle '{PREFIX}{family}' does not take {dials}: {_said(error)}.") from error
 
