@@ -159,6 +159,13 @@ def test_a_seed_without_an_item_is_passed_over() -> None:
     assert gym.get("gym:maze").generate(Fixed()).data["seed"] == gym.SEEDS_APART
 
 
+def test_no_problem_has_the_empty_answer() -> None:
+    """Which a model that thinks cannot give, and which string_manipulation's own scorer does not pay for."""
+    rng = random.Random("ab 0")
+    assert not all(gym._item("ab", gym.SEEDS_APART * int(rng.random() * gym.SEEDS), "{}")[1]["answer"] for _ in range(2000))  # the defect
+    assert all(problem.data["answer"] for problem in puzzles.problems("gym:ab", 2000, 0, held_out=False))
+
+
 def test_training_and_held_out_problems_are_disjoint() -> None:
     train, test = (puzzles.problems("gym:gcd", 200, 1, held_out=side, max_value=99) for side in (False, True))
     assert not {p.key for p in train} & {p.key for p in test}
