@@ -31,7 +31,7 @@ SEEDS_APART = 10**7
 SEEDS = 2**32
 DRAWS = 100  # seeds tried for one item: a generator may fail at one (maze: at 8 of 36,768)
 SIZE = 5  # of a data set, of which item 0 is taken: acre deals its kinds of question out in fifths
-DRAWN_AT_BIRTH = ("acre",)  # its items are drawn when the data set is made, not when they are asked for
+DRAWN_AT_BIRTH = ("acre", "gsm_symbolic", "list_functions")  # (the last two for bench/gym.py) items are drawn as the data set is made
 
 ADMITTED = tuple(
     """
@@ -59,7 +59,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("isomorphic_strings", "ransom_note", "word_ladder"), _HASH),
     **dict.fromkeys(("futoshiki", "knight_swap", "sokoban"), _SLOW),
     **dict.fromkeys(("basic_arithmetic", "number_sequence"), _HANGS),
-    "codeio": "it runs program text from its data file with exec",
+    "codeio": "it runs programs from its data file with exec; some write files, or start threads",
     "coin_flip": "its scorer pays in full for the answer 0, by comparing only as many digits as the shorter number has",
     "complex_arithmetic": "its scorer pays in full for the answer nan",
     "composite": "it is a mixture of families; name these as puzzles of their own",
