@@ -1,13 +1,16 @@
 """What reasoning-gym's families are worth as puzzles: for each, whether its own answer scores, what a constant scores, and what it costs.
 
-Every registered family is measured, those that Pascaline refuses too (never with text that is hostile to an eval). A score is the share of
+Every registered family is measured, those that Pascaline refuses too (never with text that is hostile to an eval). codeio runs programs
+that write files where they are started, so this works in a folder that is thrown away. A score is the share of
 items that are paid in full, as the verifier `gym` counts. `pascaline bench gym --json`; some 15 minutes on one core.
 """
 
 import argparse
+import contextlib
 import copy
 import random
 import signal
+import tempfile
 import time
 from collections import Counter
 from types import FrameType
@@ -36,10 +39,11 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, late)
     result: dict[str, Any] = {"seed": options.seed}
-    for family in options.families:
-        result[family] = measured(family, options) | {"refused": gym.REFUSED.get(family, "")}
-        if not options.json:
-            print(family, result[family], flush=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for family in options.families:
+            result[family] = measured(family, options) | {"refused": gym.REFUSED.get(family, "")}
+            if not options.json:
+                print(family, result[family], flush=True)
     finish(result, options.json)
 
 
