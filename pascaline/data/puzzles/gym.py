@@ -31,11 +31,7 @@ SEEDS_APART = 10**7
 SEEDS = 2**32
 DRAWS = 100  # seeds tried for one item: a generator may fail at one (maze: at 8 of 36,768)
 SIZE = 5  # of a data set, of which item 0 is taken: acre deals its kinds of question out in fifths
-<<<<<<< HEAD
-DRAWN_AT_BIRTH = ("acre",)  # its items are drawn when the data set is made, not when they are asked for
-=======
 DRAWN_AT_BIRTH = ("acre", "gsm_symbolic", "list_functions")  # (the last two for bench/gym.py) items are drawn as the data set is made
->>>>>>> gym
 
 ADMITTED = tuple(
     """
@@ -43,11 +39,7 @@ ADMITTED = tuple(
     calendar_arithmetic chain_sum circuit_logic color_cube_rotation count_bits count_primes course_schedule cryptarithm decimal_chain_sum
     dice emoji_mystery family_relationships fraction_simplification game_of_life gcd group_anagrams jugs kakurasu knights_knaves
     largest_island lcm leg_counting letter_counting mahjong_puzzle manipulate_matrix maze mini_sudoku modulo_grid
-<<<<<<< HEAD
-    needle_haystack number_filtering number_format number_sequence palindrome_generation palindrome_partitioning path_star
-=======
     needle_haystack number_filtering number_format palindrome_generation palindrome_partitioning path_star
->>>>>>> gym
     polynomial_equations power_function prime_factorization products quantum_lock rearc rectangle_count rotate_matrix rotten_oranges
     self_reference sentence_reordering shortest_path simple_equations simple_geometry spell_backward string_manipulation string_splitting
     string_synthesis sudoku survo syllogism time_intervals tower_of_hanoi tsumego word_sequence_reversal word_sorting zebra_puzzles
@@ -59,23 +51,15 @@ _EVAL = "its scorer runs Python's eval on what the model wrote"
 _PARSE = "its scorer runs sympy's parse_expr, which is an eval, on what the model wrote"
 _HASH = "its items depend on PYTHONHASHSEED, so that no run can be repeated"
 _SLOW = "making one item takes seconds at times, and it is made again to be judged"
-<<<<<<< HEAD
-=======
 _HANGS = "at one seed in some thousands making an item takes ten seconds or more, for its numbers grow huge"
->>>>>>> gym
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"), _NO_ORACLE),
     **dict.fromkeys(("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"), _EVAL),
     **dict.fromkeys(("intermediate_integration", "polynomial_multiplication", "simple_integration"), _PARSE),
     **dict.fromkeys(("isomorphic_strings", "ransom_note", "word_ladder"), _HASH),
     **dict.fromkeys(("futoshiki", "knight_swap", "sokoban"), _SLOW),
-<<<<<<< HEAD
-    "basic_arithmetic": "at one seed in 15,000 it looks for the divisors of a huge number, and does not come back",
-    "codeio": "it runs program text from its data file with exec",
-=======
     **dict.fromkeys(("basic_arithmetic", "number_sequence"), _HANGS),
     "codeio": "it runs programs from its data file with exec; some write files, or start threads",
->>>>>>> gym
     "coin_flip": "its scorer pays in full for the answer 0, by comparing only as many digits as the shorter number has",
     "complex_arithmetic": "its scorer pays in full for the answer nan",
     "composite": "it is a mixture of families; name these as puzzles of their own",
