@@ -24,6 +24,8 @@ ROOM = "pascaline.post.verifiers"
 BUILT_IN: dict[str, str] = {
     "integer": "pascaline.post.verifiers.numbers:integer",
     "expression": "pascaline.post.verifiers.numbers:expression",
+    "format": "pascaline.post.verifiers.style:one_thought",
+    "language": "pascaline.post.verifiers.style:language",
 }
 
 
