@@ -135,7 +135,7 @@ def script(text: str, *, scripts: tuple[str, ...] = ("latin",), min_share: float
     ours = letters if "latin" in wanted else 0
     if not text.isascii():
         for character, times in Counter("".join(_BEYOND_ASCII.findall(text))).items():
-            if name := _script(character):
+            if name := script_of(character):
                 letters += times
                 ours += times if name in wanted else 0
     share = ours / letters if letters else 1.0
@@ -143,7 +143,7 @@ def script(text: str, *, scripts: tuple[str, ...] = ("latin",), min_share: float
 
 
 @lru_cache(maxsize=1 << 16)
-def _script(character: str) -> str:
+def script_of(character: str) -> str:
     """latin, cjk, ...; "" for what is no letter."""
     if not character.isalpha():
         return ""
@@ -156,7 +156,7 @@ def _script(character: str) -> str:
 def _wanted(scripts: tuple[str, ...]) -> frozenset[str]:
     names = frozenset(map(str.lower, scripts))
     if not names <= COMMON_SCRIPTS:  # looking through all of Unicode takes a moment
-        known = {_script.__wrapped__(chr(code)) for code in range(sys.maxunicode + 1)} - {""}
+        known = {script_of.__wrapped__(chr(code)) for code in range(sys.maxunicode + 1)} - {""}
         for name in sorted(names - known):
             raise BadInput(f"script '{name}': no letter's Unicode name begins like this{nearest(name, known)}")
     return names

@@ -26,12 +26,14 @@ RIGHT = 0.99  # several scorers of others give partial credit, and rounding must
 GROUP = "pascaline.verifiers"
 ROOM = "pascaline.post.verifiers"
 BUILT_IN: dict[str, str] = {
-    "instructions": f"{ROOM}.instructions:instructions",
     "integer": f"{ROOM}.numbers:integer",
     "expression": f"{ROOM}.numbers:expression",
     "math": f"{ROOM}.mathematics:math",
-    "gym": f"{ROOM}.gym:gym",
     "code": f"{ROOM}.code:code",
+    "gym": f"{ROOM}.gym:gym",
+    "instructions": f"{ROOM}.instructions:instructions",
+    "format": f"{ROOM}.style:one_thought",
+    "language": f"{ROOM}.style:language",
 }
 
 
