@@ -42,6 +42,7 @@ RIGHT = [
     ("x^2-1", "\\boxed{(x-1)(x+1)}"),
     ("\\{1,2,7\\}", "$1$, $2$ and $7$"),
     ("(1,2)", "(1, 2)"),
+    ("1.5", "\\boxed{1\\frac12}"),
     ("(A)", "The answer is (A)."),
     ("blue whale", "The answer is blue whale."),
     ("\\text{east}", "East"),
@@ -65,6 +66,8 @@ WRONG = [
     ("7", "\\boxed{1, 2, 3, 7}"),
     ("7", "\\boxed{garbage 1 2 7}"),
     ("7", "7 or 8"),
+    ("7", "1 2 4"),  # which math-verify adds up
+    ("7", "\\boxed{1 2 4}"),
     ("7", "n + 7 apples"),
     ("5", "the area is 5\\pi"),
     ("7", "\\boxed{7"),
@@ -102,7 +105,9 @@ def test_a_missing_column_is_said() -> None:
         scores(["7"], ["7"], "gold")
 
 
-@pytest.mark.parametrize("gold", ["", "12 or so of 30 apples", "\\frac{", "9" * 5000, "\\boxed{3} or \\boxed{4}", None, True, ["7"]])
+@pytest.mark.parametrize(
+    "gold", ["", "12 or so of 30 apples", "10 000", "\\frac{", "9" * 5000, "\\boxed{3} or \\boxed{4}", None, True, ["7"]]
+)
 def test_a_gold_answer_that_cannot_be_read_is_never_silently_wrong(gold: Any) -> None:
     with pytest.raises(BadInput, match="gold answer"):
         scores(["7", gold], ["7", "7"])

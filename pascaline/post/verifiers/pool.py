@@ -3,9 +3,9 @@
 Not `multiprocessing`: its children run the user's script again, outlive a parent that was killed, and speak pickle. And no SIGALRM, which
 works in a main thread only and cannot interrupt a power of huge numbers. A process (worker.py) gets JSON lines and answers with JSON lines.
 
-Short calls are sent ahead, some 20 ms of work, so that no process waits for its next one. What waits behind a call that is slow goes back
-to the front of the queue, for the others. Once a call has used half its time, a spare process is started and loads what it needs:
-it is ready when the slow one is killed. So a call that hangs costs the others at most its own timeout, and that only if all hang.
+Short calls are sent ahead, some 20 ms of work, so that no process waits for its next one. When a call is slow, what waits behind it goes
+back to the front of the queue, for the others, and a spare process is started: it has loaded what it needs when the slow one is killed.
+So a call that hangs costs the others at most its own timeout, and that only if all processes hang.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pascaline.errors import BadInput
 
 AHEAD = 0.02  # seconds of work sent ahead to one process
 MOST = 64  # calls sent ahead at most
-PATIENCE = 0.25  # seconds after which a call is slow
+PATIENCE = 0.25  # seconds after which a call is slow, or a quarter of its time
 TICK = 0.05  # seconds between two looks at the clock
 START = 120.0  # seconds that loading a function may take, on a machine that is busy otherwise
 LOAD = -1  # in a window: not a call, but the order to load the function
@@ -56,6 +56,7 @@ class Pool:
 
     def __init__(self, workers: int = 0, timeout: float = 5.0, memory: int = 1 << 30) -> None:
         self.workers, self.timeout, self.memory = workers or cores(), timeout, memory
+        self.slow = min(PATIENCE, timeout / 4)
         self.kills = 0  # processes killed because a call took too long
         self._crew: list[_Worker] = []
         self._spares: list[_Worker] = []
@@ -101,7 +102,7 @@ class Pool:
         """A process for each call, up to their number; a spare for each that may soon be killed; and calls for those that wait."""
         while len(self._crew) < min(self.workers, work.left):
             self._crew.append(self._spares.pop(0) if self._spares else self._start())
-        late = sum(worker.busy and worker.waited() > self.timeout / 2 for worker in self._crew)
+        late = sum(worker.busy and worker.waited() > self.slow for worker in self._crew)
         while len(self._spares) < late:
             self._spares.append(self._start())
         for worker in [*self._crew, *self._spares]:
@@ -130,7 +131,7 @@ class Pool:
                 self.kills += 1
                 work.fail(worker, Failure("timeout", f"no answer within {self.timeout:g} s"))
                 self._retire(worker, work)
-            elif worker.busy and worker.waited() > PATIENCE:
+            elif worker.busy and worker.waited() > self.slow:
                 work.take_back(worker, [*worker.window][1:])
 
     def _hear(self, worker: _Worker, work: _Work) -> bool:
@@ -246,7 +247,7 @@ class _Worker:
         try:  # -P: its own folder, with modules of any name, is not to be imported from. A session of its own: Ctrl-C is not for it.
             self._process = subprocess.Popen([sys.executable, "-P", file, str(memory), str(end)], stdin=subprocess.PIPE,
                                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[end], bufsize=0,
-                                             start_new_session=True, env=_environment())  # fmt: skip
+                                             start_new_session=True, env=environment())  # fmt: skip
         finally:
             os.close(end)
         assert self._process.stdin and self._process.stdout
@@ -339,7 +340,7 @@ class _Worker:
             self._ears.unregister(pipe)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, with one thread a process, our path (what is importable here must be so there) and one order of sets for all."""
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
