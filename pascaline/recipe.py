@@ -152,10 +152,27 @@ class Sft(Stage):
     epochs: float = Field(1.0, gt=0)
 
 
+# What the papers do differently, by name: a key that the recipe gives itself is the recipe's.
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "grpo": {"average": "answer", "clip_high": 0.2, "kl": 0.001},  # DeepSeekMath, arXiv 2402.03300; kl as in R1, arXiv 2501.12948
+    "dr_grpo": {"advantage": "mean", "average": "limit", "clip_high": 0.2},  # arXiv 2503.20783
+    "dapo": {"refills": 3, "overlong": 0.2},  # arXiv 2503.14476
+    "gspo": {"average": "answer", "ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},  # arXiv 2507.18071
+    "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0},  # arXiv 2506.13585; the bounds are TRL's: 0 to 5
+    "rloo": {"advantage": "others", "average": "limit"},  # arXiv 2402.14740
+}
+
+
 class Rl(Stage):
-    """GRPO. Each step samples `samples` answers to each of `prompts` problems of `puzzles`; wrong_reward is what a false claim earns
-    (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight. An answer that could not be judged is left
-    out of its group; more than a share max_unjudged of them in a step stops the run.
+    """Group-relative policy optimisation. Each step samples `samples` answers to each of `prompts` problems of `puzzles`; wrong_reward is
+    what a false claim earns (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight. An answer that could
+    not be judged is left out of its group; more than a share max_unjudged of them in a step stops the run.
+
+    algorithm: a paper's name, which sets the keys that follow (docs/training.md). advantage: reward less the group's mean, over its
+    deviation ("std") or not ("mean"), or less the mean of the other answers ("others"). average: over all tokens, over each answer's first
+    ("answer"), or tokens over max_tokens ("limit"). ratio, surrogate, clip_low, clip_high, kl, unbiased: pascaline/train/policy.py.
+    reference_every: steps after which the policy becomes the reference of kl, 0: never. refills: times that groups without variance are
+    replaced by new ones; overlong: last share of max_tokens in which length costs, up to 1.
 
     mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
     keep up with the policy; 0 leaves them as they are."""
@@ -165,12 +182,28 @@ class Rl(Stage):
     prompts: int = Field(32, ge=1)
     samples: int = Field(16, ge=2)
     max_tokens: int = Field(200, ge=1)
-    clip_low: float = Field(0.2, gt=0, lt=1)
+    algorithm: Literal["", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = ""
+    advantage: Literal["std", "mean", "others"] = "std"
+    average: Literal["token", "answer", "limit"] = "token"
+    ratio: Literal["token", "sequence"] = "token"
+    surrogate: Literal["clip", "cispo"] = "clip"
+    clip_low: float = Field(0.2, gt=0, le=1)
     clip_high: float = Field(0.28, gt=0)
+    kl: float = Field(0.0, ge=0)
+    unbiased: bool = False
+    reference_every: int = Field(0, ge=0)
+    refills: int = Field(0, ge=0)
+    overlong: float = Field(0.0, ge=0, lt=1)
     wrong_reward: float = Field(0.0, le=0)
     rewards: dict[str, float] = {}
     max_unjudged: float = Field(0.1, ge=0, le=1)
     guard: Guard = Guard(sigma=0.0, patience=0)  # a policy's loss and norm jump about in good health
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, raw: Any) -> Any:
+        algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
+        return {**ALGORITHMS.get(algorithm, {}), **raw} if isinstance(algorithm, str) else raw
 
 
 class Eval(Table):

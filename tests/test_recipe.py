@@ -101,7 +101,7 @@ def test_a_wrong_type_is_named(key: str, value: Any, words: str) -> None:
     [
         ({"rl.samples": 1}, "rl.samples = 1 is wrong: input should be greater than or equal to 2"),
         ({"pretrain.lr": 0.0}, "greater than 0"),
-        ({"rl.clip_low": 1.5}, "less than 1"),
+        ({"rl.clip_low": 1.5}, "less than or equal to 1"),
         ({"rl.wrong_reward": 0.5}, "less than or equal to 0"),
         ({"eval.top_p": 1.01}, "eval.top_p"),
         ({"seed": -1}, "seed = -1"),

@@ -4,6 +4,8 @@ The engine's token ids and log-probabilities go to the loss as they are; nothing
 """
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -14,60 +16,116 @@ from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.errors import BadInput
 from pascaline.post import grpo
+from pascaline.post.reference import Reference
 from pascaline.post.verifiers import judge, scores
 from pascaline.recipe import Puzzle, Rl
 from pascaline.train.loop import active_parameters
 
 
+@dataclass
+class Groups:
+    """G problems with n answers each, and what came of them; arrays are [G, n], flat [G]."""
+
+    problems: list[Problem]
+    outputs: list[list[Output]]
+    verdicts: list[list[Verdict]]
+    reward: np.ndarray
+    advantage: np.ndarray
+    known: np.ndarray
+    flat: np.ndarray
+
+    def put(self, fresh: "Groups") -> "Groups":
+        """With those of `fresh` that have variance in the places of flat ones."""
+        places = dict(zip(np.flatnonzero(self.flat).tolist(), np.flatnonzero(~fresh.flat).tolist(), strict=False))
+
+        def mixed(own: Any, new: Any) -> Any:
+            rows = [new[places[g]] if g in places else own[g] for g in range(len(self.flat))]
+            return np.array(rows) if isinstance(own, np.ndarray) else rows
+
+        return Groups(*(mixed(getattr(self, field.name), getattr(fresh, field.name)) for field in fields(self)))
+
+    def samples(self, rl: Rl, prompt_ids: Callable[[str], list[int]]) -> list[Sample]:
+        """The answers that teach: judged ones of groups with variance."""
+        chosen = [(g, i) for g in np.flatnonzero(~self.flat) for i in np.flatnonzero(self.known[g])]
+        lengths = np.array([len(self.outputs[g][i].token_ids) for g, i in chosen])
+        weights, scale = grpo.averaged(lengths, rl.average, rl.max_tokens)
+        return [
+            rl_sample(prompt_ids(self.problems[g].prompt), self.outputs[g][i], scale * float(self.advantage[g, i]), float(weight))
+            for (g, i), weight in zip(chosen, weights, strict=True)
+        ]
+
+
 class Rollouts:
     """A Source for the training loop: step i samples with the weights of that moment and with a seed made from (seed, i)."""
 
-    def __init__(self, engine: Engine, rl: Rl, tables: dict[str, Puzzle], seed: int):
-        self.engine, self.rl, self.tables, self.seed = engine, rl, tables, seed
+    def __init__(self, engine: Engine, rl: Rl, tables: dict[str, Puzzle], seed: int, reference: Reference | None = None):
+        self.engine, self.rl, self.tables, self.seed, self.reference = engine, rl, tables, seed, reference
         self.facts: dict[str, Any] = {}
         self.flops_per_token = 2.0 * active_parameters(engine.model)
 
-    def problems(self, step: int) -> list[Problem]:
+    def problems(self, step: int, refill: int = 0) -> list[Problem]:
         """This step's prompts, spread evenly over the puzzles; never a held-out one."""
         found = []
         for i, name in enumerate(self.rl.puzzles):
             share = self.rl.prompts // len(self.rl.puzzles) + (i < self.rl.prompts % len(self.rl.puzzles))
-            seed = random.Random(f"rl {self.seed} {step}").getrandbits(48)
+            seed = random.Random(self._seed("rl", step, refill)).getrandbits(48)
             found += Family(name, self.tables[name]).problems(share, seed, held_out=False)
         return found
 
     def step(self, step: int) -> list[Batch]:
-        problems = self.problems(step)
-        sampling = Sampling(1.0, 1.0, self.rl.max_tokens, self.rl.samples, seed=random.Random(f"sample {self.seed} {step}").getrandbits(48))
-        before = self.engine.stats.generated + self.engine.stats.prefilled
-        outputs = self.engine.generate([p.prompt for p in problems], sampling)
+        before = self._tokens()
+        groups = self._sampled(step, 0, self.problems(step))
+        told = _facts(groups.outputs, groups.verdicts)  # of the first draw: refills are chosen ones
+        known = groups.known
+        told |= {"reward": float(groups.reward[known].mean()) if known.any() else 0.0, "unjudged": float(1 - known.mean()),
+                 "flat_groups": int(groups.flat.sum())}  # fmt: skip
+        assert self.engine.tokenizer is not None
+        if self.rl.refills:
+            groups, told["refilled"] = self._refilled(step, groups)
+        samples = groups.samples(self.rl, self.engine.tokenizer.prompt_ids)
         self.engine.release()  # what is cached is the old weights', and the trainer needs the memory
-        spent = self.engine.stats.generated + self.engine.stats.prefilled - before
+        spent = self._tokens() - before
+        self.facts = {**told, "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token}
+        row = max([self.rl.sequence_length, *(len(s.tokens) for s in samples)])
+        found = batches(samples, row, max(self.rl.micro_tokens // row, 1), self.engine.tokenizer.pad)
+        return self.reference.compared(found, step) if self.reference else found
+
+    def _sampled(self, step: int, refill: int, problems: list[Problem]) -> Groups:
+        seed = random.Random(self._seed("sample", step, refill)).getrandbits(48)
+        outputs = self.engine.generate([p.prompt for p in problems], Sampling(1.0, 1.0, self.rl.max_tokens, self.rl.samples, seed=seed))
         judged = judge(problems, outputs)
         right = np.array([[v is Verdict.RIGHT for v in group] for group in judged.verdicts])
         known = np.array([[v is not Verdict.UNJUDGED for v in group] for group in judged.verdicts])
         cut = np.array([[o.finish_reason == "length" for o in group] for group in outputs])
-        reward = grpo.rewards(judged.verdicts, cut, self.rl.wrong_reward)
+        lengths = np.array([[len(o.token_ids) for o in group] for group in outputs])
+        reward = grpo.rewards(judged.verdicts, cut, self.rl.wrong_reward) + grpo.overlong(lengths, self.rl.max_tokens, self.rl.overlong)
         for name, weight in self.rl.rewards.items():
             score, why = self._scores(name, problems, outputs)
             known &= ~np.isnan(score)
             reward += weight * np.nan_to_num(score)
             judged.trouble = judged.trouble or why
         self._refuse_blind(step, known, judged.trouble)
-        advantage, flat = grpo.advantages(reward, right, known)
-        self.facts = {**_facts(outputs, judged.verdicts), "reward": float(reward[known].mean()) if known.any() else 0.0,
-                      "unjudged": float(1 - known.mean()), "flat_groups": int(flat.sum()),
-                      "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token}  # fmt: skip
-        assert self.engine.tokenizer is not None
-        samples = [
-            rl_sample(self.engine.tokenizer.prompt_ids(p.prompt), o, float(a))
-            for p, group, row, told, skip in zip(problems, outputs, advantage, known, flat, strict=True)
-            if not skip
-            for o, a, is_known in zip(group, row, told, strict=True)
-            if is_known
-        ]
-        row = max([self.rl.sequence_length, *(len(s.tokens) for s in samples)])
-        return batches(samples, row, max(self.rl.micro_tokens // row, 1), self.engine.tokenizer.pad)
+        advantage, flat = grpo.advantages(reward, right, known, self.rl.advantage)
+        return Groups(problems, outputs, judged.verdicts, reward, advantage, known, flat)
+
+    def _refilled(self, step: int, groups: Groups) -> tuple[Groups, int]:
+        """Dynamic sampling (DAPO, arXiv 2503.14476 eq. 11), but bounded: groups without variance make room for new problems' groups, up to
+        rl.refills times; and how many were put in. The samples of the last that are still flat teach nothing, as without it."""
+        added = 0
+        for refill in range(1, self.rl.refills + 1):
+            missing = int(groups.flat.sum())
+            if not missing:
+                break
+            fresh = self._sampled(step, refill, self.problems(step, refill)[:missing])
+            groups = groups.put(fresh)
+            added += missing - int(groups.flat.sum())
+        return groups, added
+
+    def _seed(self, what: str, step: int, refill: int) -> str:
+        return f"{what} {self.seed} {step}" + f" {refill}" * bool(refill)
+
+    def _tokens(self) -> int:
+        return self.engine.stats.generated + self.engine.stats.prefilled
 
     def _scores(self, name: str, problems: list[Problem], outputs: list[list[Output]]) -> tuple[np.ndarray, str]:
         """What a verifier gives each answer [G, n], NaN where it could not judge it, and why it could not judge the first such."""
@@ -89,12 +147,12 @@ class Rollouts:
         return []
 
 
-def rl_sample(prompt: list[int], output: Output, advantage: float) -> Sample:
+def rl_sample(prompt: list[int], output: Output, advantage: float, weight: float = 1.0) -> Sample:
     """One answer as a document: weight, advantage and behaviour log-probability on its sampled tokens, nothing on the prompt."""
     zeros = np.zeros(len(prompt), np.float32)
     ones = np.ones(len(output.token_ids), np.float32)
     streams = {
-        "rl": np.concatenate((zeros, ones)),
+        "rl": np.concatenate((zeros, ones * weight)),
         "advantage": np.concatenate((zeros, ones * advantage)),
         "old_logprob": np.concatenate((zeros, np.array(output.logprobs, np.float32))),
     }

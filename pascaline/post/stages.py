@@ -28,6 +28,7 @@ from pascaline.model import hf
 from pascaline.model.transformer import Model
 from pascaline.post import extension
 from pascaline.post.check import model_config
+from pascaline.post.reference import Reference
 from pascaline.post.rollout import Rollouts
 from pascaline.post.sft import puzzle_samples
 from pascaline.progress import Progress
@@ -39,6 +40,7 @@ from pascaline.train.initial import drawn, stored
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
 from pascaline.train.parallel import ALONE, Ranks, Rows
+from pascaline.train.policy import Policy
 from pascaline.train.schedule import ramp
 from pascaline.train.sinks import Sinks
 
@@ -267,9 +269,11 @@ def sft(run: Run) -> dict[str, Any]:
 def rl(run: Run) -> dict[str, Any]:
     """GRPO on puzzles, rollouts from the engine on the weights being trained; by one rank."""
     stage = run.recipe.rl
-    model = hf.load(run.folder("sft") / "model", device=run.device)
+    start = run.folder("sft") / "model"
+    model = hf.load(start, device=run.device)
     # The engine holds the same module object as the trainer, so it samples from the newest weights.
-    rollouts = Rollouts(Engine(model, run.tokenizer()), stage, run.recipe.puzzles, run.recipe.seed)
+    reference = Reference(model, start, run.folder("rl") / "reference", stage.reference_every) if stage.kl else None
+    rollouts = Rollouts(Engine(model, run.tokenizer()), stage, run.recipe.puzzles, run.recipe.seed, reference)
     return _train(run, "rl", model, rollouts, stage.steps)
 
 
@@ -283,7 +287,9 @@ def _train(run: Run, name: str, model: Model, source: Any, steps: int, first: Ro
     stage: Stage = getattr(run.recipe, name)
     rule = Loss(mtp=stage.mtp if model.config.num_nextn_predict_layers else 0.0, balance=stage.sequence_balance, z=stage.z_loss)
     if name == "rl":
-        rule = replace(rule, mtp_apart=True, clip_low=run.recipe.rl.clip_low, clip_high=run.recipe.rl.clip_high)
+        rl = run.recipe.rl
+        policy = Policy(rl.ratio, rl.surrogate, rl.clip_low, rl.clip_high, kl=rl.kl, unbiased=rl.unbiased)
+        rule = replace(rule, mtp_apart=True, policy=policy)
     ranks = run.ranks if name in TOGETHER else ALONE
     trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype, ranks, first)
     if ranks.leader:

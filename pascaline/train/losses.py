@@ -4,7 +4,7 @@ Shapes: B rows, T tokens, m tokens that carry any weight.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from pascaline.data.batch import Batch, moved
 from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
+from pascaline.train.policy import FAR, Policy, distance, policy_loss
 
 WEIGHTS = ("ce", "rl", "kl")
 PARTS = (*WEIGHTS, "mtp", "balance", "z")
@@ -20,16 +21,13 @@ CHUNK = 512  # tokens whose logits exist at a time
 
 @dataclass(frozen=True)
 class Loss:
-    """Constants of the loss. clip_low, clip_high: PPO's range with DAPO's higher upper end (arXiv 2503.14476); kl: weight of the
-    distance to the reference, k3 of Schulman's note; mtp: weight of the multi-token loss (arXiv 2412.19437 eq. 25); balance: of the
-    sequence-wise balance loss (eq. 17 there); z: of the squared log-partition of the head (PaLM, arXiv 2204.02311 section 5).
+    """Constants of the loss. policy: of what sampled tokens teach; mtp: weight of the multi-token loss (arXiv 2412.19437 eq. 25); balance:
+    of the sequence-wise balance loss (eq. 17 there); z: of the squared log-partition of the head (PaLM, arXiv 2204.02311 section 5).
 
     mtp_apart: the multi-token loss lies on the tokens of `rl`, whatever their advantage, and teaches the MTP modules alone: they follow
     the policy, which learns as if they were not there."""
 
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    kl: float = 0.0
+    policy: Policy = field(default_factory=Policy)
     mtp: float = 0.0
     balance: float = 0.0
     z: float = 0.0
@@ -71,13 +69,14 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
         parts["ce"] = -(weights["ce"][keep] * logprob).sum() / total["ce"]
         if rule.z:
             parts["z"] = rule.z * (weights["ce"][keep] * log_z.square()).sum() / total["ce"]
+    log_ratio = None
     if "rl" in weights:
-        w = weights["rl"][keep]
-        log_ratio = logprob - stream("old_logprob")
-        parts["rl"], clipped = clipped_surrogate(log_ratio, stream("advantage"), rule)
-        parts["rl"] = (w * parts["rl"]).sum() / total["rl"]
+        w, log_ratio = weights["rl"][keep], logprob - stream("old_logprob")
+        loss, clipped = policy_loss(logprob, log_ratio, stream("advantage"), _answers(batch)[keep], w.ne(0).float(), rule.policy)
+        parts["rl"] = (w * loss).sum() / total["rl"]
     if "kl" in weights:
-        parts["kl"] = rule.kl * (weights["kl"][keep] * k3(logprob, stream("ref_logprob"))).sum() / total["kl"]
+        apart = distance(logprob, stream("ref_logprob"), log_ratio, rule.policy)
+        parts["kl"] = rule.policy.kl * (weights["kl"][keep] * apart).sum() / total["kl"]
     if rule.mtp and rule.mtp_stream in weights:
         mtp, mtp_routings = _mtp(model, batch, hidden, total[rule.mtp_stream], rule)
         parts["mtp"] = rule.mtp * mtp
@@ -91,12 +90,19 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
         with torch.no_grad():
             logs["router_entropy"] = torch.stack([router_entropy(routing, real) for routing in routings]) / total["tokens"]
     if entropy is not None:
+        assert log_ratio is not None
         with torch.no_grad():
             share = w / total["rl"]
-            logs |= {"entropy": (share * entropy).sum(), "clipped": (share * clipped).sum(),
-                     "mismatch": (share * log_ratio.abs()).sum()}  # fmt: skip
+            told = {"entropy": entropy, "clipped": clipped, "mismatch": log_ratio.abs(), "ratio": log_ratio.clamp(-FAR, FAR).exp()}
+            logs |= {name: (share * values).sum() for name, values in told.items()}
     loads = [routing.load(real) for routing in routings]
     return torch.stack(list(parts.values())).sum(), logs, torch.stack(loads) if loads else torch.zeros(0, model.config.n_routed_experts)
+
+
+def _answers(batch: Batch) -> Tensor:
+    """Which document each target is of, flattened [B (T - 1)]; another number for every document of the batch."""
+    B, T = batch.document_ids.shape
+    return (batch.document_ids[:, 1:] + T * torch.arange(B, device=batch.document_ids.device)[:, None]).flatten()
 
 
 def _counting(batch: Batch, total: dict[str, float]) -> Tensor:
@@ -160,20 +166,6 @@ def token_logprobs(
     [m, V] is never held, and on the CPU the chunk stays in the cache. One-layer reference: F.cross_entropy (parity: tests).
     """
     return _TokenLogprobs.apply(hidden_mD, weight_VD, target_m, with_entropy)
-
-
-def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, rule: Loss) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) per token, and where the clip holds the gradient back (PPO, arXiv 1707.06347 eq. 7)."""
-    ratio = log_ratio.clamp(-20, 20).exp()
-    free = ratio * advantage
-    held = ratio.clamp(1 - rule.clip_low, 1 + rule.clip_high) * advantage
-    return -torch.minimum(free, held), (held < free).float()
-
-
-def k3(logprob: Tensor, reference: Tensor) -> Tensor:
-    """exp(ref - lp) - (ref - lp) - 1: a non-negative estimate of KL(policy || reference) per token (Schulman 2020)."""
-    difference = (reference - logprob).clamp(-20, 20)
-    return difference.exp() - difference - 1
 
 
 def sequence_balance(routing: Routing, real_BT: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""The policy that a KL term keeps the trained one close to: the model that RL started from, or the policy of some steps ago."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from pascaline.data.batch import Batch
+from pascaline.model import hf
+from pascaline.model.transformer import Model
+from pascaline.train.losses import token_logprobs
+
+KEPT = 2  # folders of earlier references: a resumed run may need the one before
+
+
+class Reference:
+    """Fills the streams `kl` and `ref_logprob` of a step's batches.
+
+    every: steps after which the policy becomes the reference, 0: never. What it is at a step follows from the step alone, so that a run
+    that is resumed has the same: it is kept in `folder`/STEP, and `origin` is the one of step 0.
+    """
+
+    def __init__(self, policy: Model, origin: Path, folder: Path, every: int):
+        self.policy, self.origin, self.folder, self.every = policy, origin, folder, every
+        self.step, self.model = -1, policy
+
+    @torch.no_grad()
+    def compared(self, batches: Iterable[Batch], step: int) -> list[Batch]:
+        """The same batches with the reference's log-probability of every sampled token."""
+        self._at(step)
+        found = []
+        for batch in batches:
+            device = self.model.device
+            moved = batch.to(device)
+            hidden, _ = self.model.hidden(moved.tokens, moved.positions, moved.document_ids)
+            logprob, *_ = token_logprobs(hidden[:, :-1].flatten(0, 1), self.model.head_weight, moved.tokens[:, 1:].flatten())
+            ref = torch.zeros_like(batch.streams["rl"])
+            ref[:, 1:] = logprob.view(len(ref), -1).to(ref.device)
+            streams = {**batch.streams, "kl": batch.streams["rl"], "ref_logprob": ref * batch.streams["rl"].ne(0)}
+            found.append(Batch(batch.tokens, batch.positions, batch.document_ids, streams))
+        return found
+
+    def _at(self, step: int) -> None:
+        wanted = step // self.every * self.every if self.every else 0
+        if wanted == self.step:
+            return
+        place = self.folder / str(wanted)
+        if wanted == step and wanted:  # the policy of this moment
+            self.policy.save(place)
+            for old in sorted(self.folder.iterdir(), key=lambda path: int(path.name))[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.model = hf.load(place if wanted else self.origin, self.policy.dtype, self.policy.device)
+        self.step = wanted
