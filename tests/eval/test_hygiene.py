@@ -259,7 +259,7 @@ def test_columns_get_the_names_that_the_verifier_wants(tmp_path: Path) -> None:
     ("line", "options", "why"),
     [
         ("", {}, "has no rows"),
-        ("{", {}, "line 1 is no JSON"),
+        ("{", {}, "line 1 is not JSON"),
         ("[1]", {}, "line 1 is no JSON object, but list"),
         ('{"answer": "4"}', {}, "row 1 has no text in a column prompt, question, problem"),
         ('{"prompt": "2 + 2?"}', {}, "no column answer, .* with the right answers; name it with --oracle COLUMN, or say --form"),

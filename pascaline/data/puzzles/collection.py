@@ -9,8 +9,9 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from pascaline.data.puzzles.base import Problem, Trace
@@ -32,19 +33,35 @@ def read(path: str, name: str, verifier: str, columns: str = "{}") -> tuple[Prob
     """
     found: dict[str, Problem] = {}
     constant = json.loads(columns)
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    problem = _problem(line, f"{path} line {number}", name, verifier, constant)
-                    found.setdefault(problem.key, problem)
-    except FileNotFoundError:
-        raise BadInput(f"puzzle '{name}': there is no file {path}.") from None
-    except (IsADirectoryError, UnicodeDecodeError):
-        raise BadInput(f"puzzle '{name}': {path} is no text file; it must have one JSON object a line.") from None
+    for where, row in rows(path):
+        problem = _problem(row, where, name, verifier, constant)
+        found.setdefault(problem.key, problem)
     if not found:
         raise BadInput(f"puzzle '{name}': {path} holds no problem.")
     return tuple(found.values())
+
+
+def rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, the object) of each line of a .jsonl file. BadInput for what is none."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path} line {number}", _row(line, f"{path} line {number}")
+    except FileNotFoundError:
+        raise BadInput(f"there is no file {path}.") from None
+    except (IsADirectoryError, UnicodeDecodeError):
+        raise BadInput(f"{path} is no text file; it must have one JSON object a line.") from None
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where} is not JSON: {error}.") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{where} is no JSON object, but {type(row).__name__}.")
+    return row
 
 
 def drawn(problems: Iterable[Problem], count: int, seed: int, again: bool) -> list[Problem]:
@@ -73,13 +90,7 @@ def trace(problem: Problem) -> Trace:
     return Trace(thought.strip(), gold.strip())
 
 
-def _problem(line: str, where: str, name: str, verifier: str, columns: Mapping[str, Any]) -> Problem:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{where} is not JSON: {error}.") from None
-    if not isinstance(row, dict):
-        raise BadInput(f"{where} is no JSON object.")
+def _problem(row: dict[str, Any], where: str, name: str, verifier: str, columns: Mapping[str, Any]) -> Problem:
     column = next((key for key in PROMPTS if key in row), None)
     if column is None:
         raise BadInput(f"{where} has no problem: it needs one of the columns {', '.join(PROMPTS)}, and has {', '.join(row) or 'none'}.")

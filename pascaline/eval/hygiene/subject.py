@@ -1,6 +1,5 @@
 """What the hygiene suite looks at: a verifier with problems from a file, or a puzzle with problems drawn from it."""
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +9,13 @@ from typing import Any
 
 from pascaline.data import puzzles
 from pascaline.data.dedup import normalised
-from pascaline.data.puzzles import Problem, Verdict
+from pascaline.data.puzzles import Problem, Verdict, collection
 from pascaline.engine import Output
 from pascaline.errors import BadInput, nearest
 from pascaline.post.verifiers import base, scores
 
-PROMPTS = ("prompt", "question", "problem")
 GOLDS = ("answer", "solution", "ground_truth", "label", "gold", "target", "completion")
-MARK = "####"  # GSM8K's: what stands behind it is the answer, what stands before it the way there
+
 THOUGHT = "Is it 17? No, 23 is nearer."  # has numbers, so that who looks for the answer in it finds a wrong one
 PLAIN = "I cannot say."
 HELD_OUT_DRAWS = 2000
@@ -129,18 +127,10 @@ def from_file(
 def read(path: Path, columns: Mapping[str, str]) -> list[dict[str, Any]]:
     """The rows of a JSONL file, with the columns named as the verifier wants them; the others keep their names."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{path}, line {number} is no JSON: {error.msg}.") from error
-        if not isinstance(row, dict):
-            raise BadInput(f"{path}, line {number} is no JSON object, but {type(row).__name__}.")
+    for where, row in collection.rows(path):
         for ours, theirs in columns.items():
             if theirs not in row:
-                raise BadInput(f"{path}, line {number} has no column '{theirs}'{nearest(theirs, row)} (it has {', '.join(row)})")
+                raise BadInput(f"{where} has no column '{theirs}'{nearest(theirs, row)} (it has {', '.join(row)})")
             row[ours] = row[theirs] if ours == theirs else row.pop(theirs)
         rows.append(row)
     if not rows:
@@ -151,9 +141,11 @@ def read(path: Path, columns: Mapping[str, str]) -> list[dict[str, Any]]:
 def problems(verifier: str, path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Problem]:
     found = []
     for number, row in enumerate(rows, 1):
-        column = next((name for name in PROMPTS if name in row), None)
+        column = next((name for name in collection.PROMPTS if name in row), None)
         if column is None or not isinstance(row[column], str):
-            raise BadInput(f"{path}, row {number} has no text in a column {', '.join(PROMPTS)}; name one with --columns prompt=COLUMN.")
+            raise BadInput(
+                f"{path}, row {number} has no text in a column {', '.join(collection.PROMPTS)}; name one with --columns prompt=COLUMN."
+            )
         data = {key: value for key, value in row.items() if key != column}
         found.append(Problem(path.name, row[column], same(row[column]), data, verifier))
     return found
@@ -168,4 +160,4 @@ def _gold(row: Mapping[str, Any], column: str, path: Path, place: int) -> str:
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadInput(f"{path}, row {place + 1}: the right answer in '{column}' must be a text or a number, not {value!r:.60}.")
-    return str(value).rpartition(MARK)[2].strip()
+    return str(value).rpartition(collection.MARK)[2].strip()
