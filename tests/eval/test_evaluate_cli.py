@@ -409,3 +409,26 @@ def test_a_model_without_a_chat_template_is_asked_plainly_or_not_at_all(folder: 
 def test_a_mistake_is_one_sentence(folder: Path, call: Call, arguments: list[str], words: str) -> None:
     code, out, err = call(*(word.format(folder=folder) for word in arguments))
     assert (code, out) == (2, "") and words in err and err.startswith("pascaline: ") and err.count("\n") == 1
+
+
+def test_the_page_has_the_tables_a_heat_map_and_answers_and_runs_nothing(folder: Path, tmp_path: Path, call: Call) -> None:
+    (tmp_path / "s.toml").write_text(
+        '[defaults]\nproblems = 4\nmax_tokens = 8\n[[tasks]]\ntask = "chain"\n[[tasks]]\ntask = "niah:1"\n'
+        "dials = { lengths = [450], depths = [0, 1] }\n"
+    )
+    code, out, err = call(folder / "a", folder / "b", "--suite", tmp_path / "s.toml", "--html", tmp_path / "page.html")
+    assert code == 0, err
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 2 and "450" in page and "<script" not in page
+    assert "most lost first" in out and "most lost first" in page and "Without each task in turn" in page
+    assert page.count('<pre class="prompt">Start with ') == 6
+
+
+def test_what_a_model_says_cannot_act_on_the_page() -> None:
+    from pascaline.eval import tables
+
+    told = {"prompt": "<b>", "thought": "", "answer": "<img src=x onerror=alert(1)>", "verdict": "wrong", "closed": True}
+    measured = {"score": 0.0, "low": 0.0, "high": 0.5, "n": 1, "better": "higher", "keys": ["a"], "values": [0.0], "examples": [told]}
+    result = {"suite": {"name": "<i>"}, "models": [{"name": "m", "tasks": {"t": measured}}], "machine": {}, "versions": {}}
+    page = tables.page_html(result)
+    assert "<img" not in page and "&lt;img src=x" in page and "<i>" not in page
