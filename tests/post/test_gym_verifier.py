@@ -51,6 +51,21 @@ def test_a_problem_of_the_gym_is_judged_by_it() -> None:
     assert judge(problems, outputs).verdicts == [[Verdict.RIGHT, Verdict.WRONG, Verdict.WRONG]] * 2
 
 
+def test_digits_of_other_scripts_are_wrong_though_the_library_reads_them() -> None:
+    problem = puzzles.problems("gym:chain_sum", 1, 0, held_out=False)[0]
+    right = problem.data["answer"]
+    wide = right.translate({ord("0") + i: 0xFF10 + i for i in range(10)})
+    dataset = create_dataset("chain_sum", size=1, seed=problem.data["seed"], **problem.data["config"])
+    assert dataset.score_answer(wide, dataset[0]) == 1  # the defect
+    assert asked([problem] * 2, [right, wide]) == [1.0, 0.0]
+
+
+def test_questions_that_differ_in_case_only_are_one_problem() -> None:
+    """sentence_reordering writes the same words with and without a capital; both sides of the split had them."""
+    keys = [p.key for p in puzzles.problems("gym:sentence_reordering", 20, 0, held_out=False)]
+    assert keys == [key.casefold() for key in keys]
+
+
 def test_what_runs_out_of_time_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gym, "TIMEOUT", 0.05)  # less than importing reasoning-gym takes
     problem = puzzles.problems("gym:chain_sum", 1, 0, held_out=False)[0]

@@ -99,7 +99,7 @@ class Gym:
             if not answer.strip():  # as ab's is, once in 200 items: nothing is no answer
                 continue
             data = {"family": self.family, "seed": seed, "config": dials, "question": question, "answer": answer}
-            return Problem(PREFIX + self.family, question, f"{PREFIX}{self.family} {' '.join(question.split())}", data, "gym")
+            return Problem(PREFIX + self.family, question, f"{PREFIX}{self.family} {' '.join(question.casefold().split())}", data, "gym")
         raise BadInput(f"puzzle '{PREFIX}{self.family}' with {dials or 'its default dials'} makes no item: {trouble}.")
 
     def trace(self, problem: Problem, rng: random.Random) -> Trace:
@@ -132,7 +132,8 @@ def families() -> list[str]:
 
 
 def score(family: str, seed: int, config: dict[str, Any], question: str, answer: str, given: str) -> float:
-    """1.0 if the family's scorer pays in full for the answer given, else 0.0: also if it raises what a text out of form makes it raise.
+    """1.0 if the family's scorer pays in full for the answer given, else 0.0: also if it raises what a text out of form makes it raise, and
+    for digits of other scripts, which Python's int and float read, unless the right answer has such.
 
     What the verifier calls in a process of its own (post/verifiers/gym.py). The item is made again and must be the one that was asked:
     BadInput if it is not, which another release of reasoning-gym would cause.
@@ -141,11 +142,18 @@ def score(family: str, seed: int, config: dict[str, Any], question: str, answer:
     dataset, entry = _remembered(family, seed, _text(family, config))
     if (entry["question"], entry["answer"]) != (question, answer):
         raise BadInput(f"puzzle '{PREFIX}{family}', seed {seed}: reasoning-gym makes another item here than the one that was asked.")
+    if foreign(given) - foreign(answer):
+        return 0.0
     try:
         with _quiet():
             return float(dataset.score_answer(given.strip(WHITESPACE), copy.deepcopy(entry)) == 1)
     except (ValueError, TypeError, LookupError, ArithmeticError):  # as prime_factorization does for what is no number
         return 0.0
+
+
+def foreign(text: str) -> set[str]:
+    """Its digits that are none of 0 to 9."""
+    return {character for character in text if character.isdecimal() and not character.isascii()}
 
 
 def _library() -> Any:
