@@ -315,7 +315,8 @@ def test_what_is_no_request(live, expected, name):
     closed = contextlib.suppress(ConnectionError)  # the server may close before all is sent
     with streaming(live, expected), socket.create_connection(("127.0.0.1", live.port), 30) as wire, closed:
         wire.sendall(WIRE[name])
-        wire.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # it has closed already
+            wire.shutdown(socket.SHUT_WR)
         first = wire.makefile("rb").readline()
         assert first == b"" or 400 <= int(first.split()[1]) < 500 or (first, name) == (b"HTTP/1.1 200 OK\r\n", "control characters")
 
