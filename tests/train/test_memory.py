@@ -77,10 +77,10 @@ def test_one_rank(settings: dict[str, Any], tmp_path: Path) -> None:
 )
 def test_two_ranks(settings: dict[str, Any], tmp_path: Path) -> None:
     found, peaks = memory.peak(plan(2, **settings))["peak"], list[int]()
-    while not peaks or (len(peaks) < 3 and found != pytest.approx(min(peaks), rel=0.15)):  # on a busy machine messages are freed late
+    while not peaks or (len(peaks) < 3 and found != pytest.approx(min(peaks), rel=0.2)):  # messages are freed late on a busy machine
         assert test_ranks.together(2, tmp_path, measured, **settings) == ["", ""]
         peaks.append(int((tmp_path / "peak-0").read_text()))
-    assert found == pytest.approx(min(peaks), rel=0.15)
+    assert found == pytest.approx(min(peaks), rel=0.2)
 
 
 def test_more_ranks_and_recomputation_need_less() -> None:
