@@ -11,18 +11,17 @@ from pascaline.model import hf
 from pascaline.model.transformer import Model
 from pascaline.train.losses import token_logprobs
 
-KEPT = 2  # folders of earlier references: a resumed run may need the one before
-
 
 class Reference:
     """Fills the streams `kl` and `ref_logprob` of a step's batches.
 
     every: steps after which the policy becomes the reference, 0: never. What it is at a step follows from the step alone, so that a run
-    that is resumed has the same: it is kept in `folder`/STEP, and `origin` is the one of step 0.
+    that is resumed has the same: it is kept in `folder`/STEP, and `origin` is the one of step 0. back: how many steps before the present
+    one a run may be resumed from; what that needs is kept.
     """
 
-    def __init__(self, policy: Model, origin: Path, folder: Path, every: int):
-        self.policy, self.origin, self.folder, self.every = policy, origin, folder, every
+    def __init__(self, policy: Model, origin: Path, folder: Path, every: int, back: int):
+        self.policy, self.origin, self.folder, self.every, self.back = policy, origin, folder, every, back
         self.step, self.model = -1, policy
 
     @torch.no_grad()
@@ -48,7 +47,9 @@ class Reference:
         place = self.folder / str(wanted)
         if wanted == step and wanted:  # the policy of this moment
             self.policy.save(place)
-            for old in sorted(self.folder.iterdir(), key=lambda path: int(path.name))[:-KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
+            oldest = max(step - self.back, 0) // self.every * self.every
+            for old in self.folder.iterdir():
+                if int(old.name) < oldest:
+                    shutil.rmtree(old, ignore_errors=True)
         self.model = hf.load(place if wanted else self.origin, self.policy.dtype, self.policy.device)
         self.step = wanted

@@ -116,7 +116,8 @@ class Rollouts:
             missing = int(groups.flat.sum())
             if not missing:
                 break
-            fresh = self._sampled(step, refill, self.problems(step, refill)[:missing])
+            drawn = random.Random(self._seed("refill", step, refill)).sample(self.problems(step, refill), missing)  # of any puzzle
+            fresh = self._sampled(step, refill, drawn)
             groups = groups.put(fresh)
             added += missing - int(groups.flat.sum())
         return groups, added

@@ -272,7 +272,11 @@ def rl(run: Run) -> dict[str, Any]:
     start = run.folder("sft") / "model"
     model = hf.load(start, device=run.device)
     # The engine holds the same module object as the trainer, so it samples from the newest weights.
-    reference = Reference(model, start, run.folder("rl") / "reference", stage.reference_every) if stage.kl else None
+    reference = (
+        Reference(model, start, run.folder("rl") / "reference", stage.reference_every, stage.save_every * (stage.keep_last + 1))
+        if stage.kl
+        else None
+    )
     rollouts = Rollouts(Engine(model, run.tokenizer()), stage, run.recipe.puzzles, run.recipe.seed, reference)
     return _train(run, "rl", model, rollouts, stage.steps)
 

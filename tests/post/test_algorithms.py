@@ -120,7 +120,7 @@ def test_the_reference_is_where_rl_began(engine: Engine, coin_run: Path, tmp_pat
     """On-policy at the first step the distance is 0, and grows when the policy has moved."""
     model = hf.load(coin_run / "04-sft" / "model")
     own = Engine(model, engine.tokenizer)
-    source = rollouts(own, coin_run, Reference(model, coin_run / "04-sft" / "model", tmp_path, 0), kl=0.5)
+    source = rollouts(own, coin_run, Reference(model, coin_run / "04-sft" / "model", tmp_path, 0, 0), kl=0.5)
 
     def distance() -> float:
         batches = source.step(0)
@@ -141,7 +141,7 @@ def test_the_reference_follows_from_the_step_alone(tmp_path: Path) -> None:
     policy = tiny_model()
     policy.save(tmp_path / "origin")
     seen = {}
-    reference = Reference(policy, tmp_path / "origin", tmp_path / "kept", 3)
+    reference = Reference(policy, tmp_path / "origin", tmp_path / "kept", 3, back=2)
     for step in range(8):
         reference._at(step)
         seen[step] = float(reference.model.model.embed_tokens.weight.detach().double().sum())
@@ -149,7 +149,30 @@ def test_the_reference_follows_from_the_step_alone(tmp_path: Path) -> None:
             policy.model.embed_tokens.weight.add_(0.01)
     assert len({seen[s] for s in (0, 1, 2)}) == len({seen[s] for s in (3, 4, 5)}) == len({seen[s] for s in (6, 7)}) == 1
     assert len(set(seen.values())) == 3
-    resumed = Reference(policy, tmp_path / "origin", tmp_path / "kept", 3)
+    resumed = Reference(policy, tmp_path / "origin", tmp_path / "kept", 3, back=2)
     resumed._at(4)
     assert float(resumed.model.model.embed_tokens.weight.detach().double().sum()) == seen[4]
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["3", "6"]
+
+
+@pytest.mark.parametrize("back", [0, 4, 7, 20])
+def test_what_the_oldest_checkpoint_needs_is_kept(tmp_path: Path, back: int) -> None:
+    """A run that saves seldom, and refreshes often, is resumed from far before its last reference."""
+    policy = tiny_model()
+    policy.save(tmp_path / "origin")
+    for step in range(14):
+        reference = Reference(policy, tmp_path / "origin", tmp_path / "kept", 3, back)
+        reference._at(step)
+        for earlier in range(max(step - back, 0), step):
+            Reference(policy, tmp_path / "origin", tmp_path / "kept", 3, back)._at(earlier)
+
+
+def test_refills_are_of_all_puzzles(engine: Engine, coin_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = rollouts(engine, coin_run, max_tokens=1, refills=1)
+    asked = []
+    sampled = source._sampled
+    monkeypatch.setattr(source, "_sampled", lambda step, refill, problems: asked.append(problems) or sampled(step, refill, problems[:8]))
+    monkeypatch.setattr(source, "problems", lambda step, refill=0: list(range(8, 24)) if refill else Rollouts.problems(source, step))
+    with pytest.raises(AttributeError):  # numbers are no problems; what was drawn is known by then
+        source.step(0)
+    assert len(asked[1]) == 8 and max(asked[1]) > 15
