@@ -19,6 +19,10 @@ from pascaline.model.moe import MLP, MoE, Router, Routing
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+# MKL looks at the processor in its first vector function. Two threads that make this first call together race, and in some processes of a
+# hundred one of them computes its share on another path, with other bits. One thread makes it here.
+torch.zeros(1).exp_()
+
 
 @dataclass
 class View:
