@@ -19,7 +19,7 @@ from pascaline.data.loader import ListSamples, Loader
 from pascaline.data.sources import documents
 from pascaline.model.config import ModelConfig
 from pascaline.model.transformer import Model
-from pascaline.recipe import Guard, Stage
+from pascaline.tables import Guard, Stage
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss, token_logprobs
 

@@ -18,7 +18,7 @@ from pascaline import tokenizer as tokenizers
 from pascaline.data.build import cleaned
 from pascaline.data.shards import ShardWriter
 from pascaline.errors import BadInput
-from pascaline.recipe import Corpus
+from pascaline.tables import Corpus
 
 PIECE = 3000
 BATCH = 1000

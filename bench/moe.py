@@ -11,7 +11,7 @@ from _text import CONFIG, PAD, ROW, ROWS, Arm, Texts, command_line, interval, re
 
 from pascaline.data.loader import ListSamples, Loader
 from pascaline.model.transformer import Model
-from pascaline.recipe import Stage
+from pascaline.tables import Stage
 from pascaline.train import losses
 from pascaline.train.loop import active_parameters
 from pascaline.train.optim import Optimizer

@@ -12,7 +12,7 @@ from pascaline.data.batch import Batch
 from pascaline.model.config import ModelConfig
 from pascaline.model.presets import from_recipe
 from pascaline.model.transformer import Model
-from pascaline.recipe import Stage
+from pascaline.tables import Stage
 from pascaline.train import losses
 from pascaline.train.optim import Optimizer
 

@@ -17,8 +17,8 @@ from _common import CONFIG, finish
 from pascaline.data.batch import Sample
 from pascaline.data.loader import ListSamples, Loader
 from pascaline.model.transformer import Model
-from pascaline.recipe import Stage
 from pascaline.runs import Metrics
+from pascaline.tables import Stage
 from pascaline.train import parallel
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss

@@ -14,8 +14,8 @@ from pascaline.data.batch import Batch, Sample
 from pascaline.data.loader import ListSamples, Loader
 from pascaline.errors import BadInput
 from pascaline.model.transformer import Model
-from pascaline.recipe import Guard as Rule
-from pascaline.recipe import Stage
+from pascaline.tables import Guard as Rule
+from pascaline.tables import Stage
 from pascaline.train.guard import Guard
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss

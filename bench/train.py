@@ -10,7 +10,7 @@ from _common import CONFIG, DTYPES, alternate, arguments, best, finish, twins
 
 from pascaline.data.batch import Batch
 from pascaline.device import measure
-from pascaline.recipe import Stage
+from pascaline.tables import Stage
 from pascaline.train import losses
 from pascaline.train.loop import active_parameters
 from pascaline.train.optim import Optimizer

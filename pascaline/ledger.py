@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pascaline.recipe import Ledger as Rates
 from pascaline.runs import read_json
 from pascaline.stopping import Stopped
+from pascaline.tables import Ledger as Rates
 
 WIDTH = 512  # bytes of a line; pages are a multiple
 BEAT = 5.0  # seconds, at most, between two writings of a line: what kill -9 can hide

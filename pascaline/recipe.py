@@ -4,250 +4,27 @@
 """
 
 import tomllib
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
 from pascaline.errors import BadInput, describe_validation, nearest
-
-STAGES = ("corpus", "tokenizer", "pretrain", "extend", "sft", "rl", "eval")  # in their order; which of them a chain has: Recipe.stages
-
-
-class Table(BaseModel):
-    # strict: "50" and true are no numbers; no infinities: they have no JSON form
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Corpus(Table):
-    """Real text. sources: "stdlib" (Python's own standard library), files or directories; max_bytes: at most so much of it is read.
-
-    filters: tables [corpus.filters.NAME], run in their order, with the thresholds to change (docs/data.md); dedup: equal texts, or nearly
-    equal ones too; decontaminate: files of evaluation texts that must not occur.
-
-    mixture: weights of sources (1 for one that is not named): max_bytes is then what the cleaned texts have in these shares, each text
-    at most max_repeats times. processes: that run the filters; 0: one for each core, 1: none but the program's own. held_out: share of
-    the documents, drawn by their hash, that no stage trains on."""
-
-    sources: list[str] = ["stdlib"]
-    max_bytes: int = Field(4_000_000, ge=0)
-    mixture: dict[str, Annotated[float, Field(gt=0)]] = {}
-    max_repeats: float = Field(1.0, ge=1)
-    processes: int = Field(0, ge=0)
-    filters: dict[str, dict[str, Any]] = {}
-    dedup: Literal["none", "exact", "minhash"] = "none"
-    decontaminate: list[str] = []
-    held_out: float = Field(0.0, ge=0, lt=1)
-
-
-class Puzzle(Table):
-    """One family of problems. traces: worked traces in the corpus; examples: chats in sft; dials: difficulty; quality: how the traces
-    are written. Both are the puzzle's own: the LEVELS and the arguments of `trace` in its file.
-
-    file: take the problems from this .jsonl file instead (docs/verifiers.md); test: another of held-out ones; verifier: who judges the
-    answers, if not the puzzle itself; columns: what each problem has for the verifier beside its own columns."""
-
-    traces: int = Field(0, ge=0)
-    examples: int = Field(0, ge=0)
-    dials: dict[str, Any] = {}
-    quality: dict[str, Any] = {}
-    file: str | None = None
-    test: str | None = None
-    verifier: str = ""
-    columns: dict[str, Any] = {}
-
-
-class Tokenizer(Table):
-    vocab_size: int = Field(1024, ge=1)
-
-
-class Optim(Table):
-    """The optimizer and its schedule. muon: for the layers' matrices, AdamW for the rest. qk_clip: tau, the largest attention logit that
-    is left alone (Kimi K2: 100), 0 for none. warmup in steps; decay: last share of the steps in which wsd falls; final: end over
-    peak rate."""
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    momentum: float = Field(0.95, ge=0, lt=1)
-    lr: float = Field(1e-3, gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip: float = Field(1.0, gt=0)
-    qk_clip: float = Field(0.0, ge=0)
-    warmup: int = Field(20, ge=0)
-    schedule: Literal["constant", "cosine", "wsd"] = "wsd"
-    decay: float = Field(0.2, ge=0, le=1)
-    final: float = Field(0.1, ge=0, le=1)
-
-
-class Guard(Table):
-    """What to do when a run goes wrong (docs/stability.md). sigma: a loss or gradient norm so many robust deviations above the last
-    `window` steps is skipped, 0 for never; what is not finite always is, and max_skips such steps in a row stop the run; margin and
-    patience: a smoothed loss that stays so much above its best for so many steps is rewound, patience 0 for never; rewinds: at most."""
-
-    sigma: float = Field(6.0, ge=0)
-    window: int = Field(128, ge=64)
-    max_skips: int = Field(10, ge=1)
-    margin: float = Field(0.3, gt=0)
-    patience: int = Field(50, ge=0)
-    rewinds: int = Field(3, ge=0)
-
-
-class Stage(Optim):
-    """What every training stage has. sequence_length: tokens a row (in sft and rl a longer chat gets longer rows);
-    tokens_per_step: tokens in one optimizer step, cut into micro-batches of at most micro_tokens; activation_checkpointing: compute
-    each layer again in the backward instead of keeping its activations; compile: each layer by torch.compile; fp8: the layers' linear
-    modules in block-scaled fp8 (docs/training.md).
-
-    balance_rate: gamma of the router bias, until that share of the steps, then 0; sequence_balance: weight of the sequence-wise balance
-    loss; mtp: weight of the multi-token loss until that share, then mtp_final; z_loss: weight of the squared log-partition of the head.
-    save_every: steps between checkpoints; keep_last: how many of them stay; keep_every: one stays for good every so many steps."""
-
-    sequence_length: int = Field(256, ge=8)
-    micro_tokens: int = Field(8192, ge=8)
-    activation_checkpointing: bool = False
-    compile: bool = False
-    fp8: bool = False
-    balance_rate: float = Field(1e-3, ge=0)
-    balance_until: float = Field(1.0, ge=0, le=1)
-    sequence_balance: float = Field(0.0, ge=0)
-    mtp: float = Field(0.3, ge=0)
-    mtp_until: float = Field(1.0, ge=0, le=1)
-    mtp_final: float = Field(0.1, ge=0)
-    z_loss: float = Field(0.0, ge=0)
-    save_every: int = Field(100, ge=1)
-    keep_last: int = Field(2, ge=1)
-    keep_every: int = Field(0, ge=0)
-    guard: Guard = Guard()
-
-
-class Pretrain(Stage):
-    """ramp_from: tokens a step at the start, growing in a straight line to tokens_per_step over the first `ramp_until` of the tokens."""
-
-    tokens: int = Field(1_000_000, ge=1)
-    tokens_per_step: int = Field(4096, ge=8)
-    ramp_from: int = Field(0, ge=0)
-    ramp_until: float = Field(0.0, ge=0, le=1)
-
-
-class Extend(Stage):
-    """Context extension by YaRN. length: positions of the model from here on; sequence_length: tokens a row, 0 for as many; shortest:
-    documents of fewer tokens are left out, for they say nothing about far positions.
-
-    Before and after, the loss by position is measured on `documents` held-out texts, and recall on `needles` needles for each length
-    and depth (0: none)."""
-
-    length: int = Field(ge=8)
-    sequence_length: int = Field(0, ge=0)
-    shortest: int = Field(0, ge=0)
-    tokens: int = Field(1_000_000, ge=1)
-    tokens_per_step: int = Field(8192, ge=8)
-    documents: int = Field(64, ge=1)
-    needles: int = Field(20, ge=0)
-
-
-class Sft(Stage):
-    tokens_per_step: int = Field(4096, ge=8)
-    epochs: float = Field(1.0, gt=0)
-
-
-# What the papers do differently, by name: a key that the recipe gives itself is the recipe's.
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "grpo": {"average": "answer", "clip_high": 0.2, "kl": 0.001},  # DeepSeekMath, arXiv 2402.03300; kl as in R1, arXiv 2501.12948
-    "dr_grpo": {"advantage": "mean", "average": "limit", "clip_high": 0.2},  # arXiv 2503.20783
-    "dapo": {"refills": 3, "overlong": 0.2},  # arXiv 2503.14476
-    "gspo": {"average": "answer", "ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},  # arXiv 2507.18071
-    "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0},  # arXiv 2506.13585; the bounds are TRL's: 0 to 5
-    "rloo": {"advantage": "others", "average": "limit"},  # arXiv 2402.14740
-}
-
-
-class Rl(Stage):
-    """Group-relative policy optimisation. Each step samples `samples` answers to each of `prompts` problems of `puzzles`; wrong_reward is
-    what a false claim earns (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight. An answer that could
-    not be judged is left out of its group; more than a share max_unjudged of them in a step stops the run.
-
-    algorithm: a paper's name, which sets the keys that follow (docs/training.md). advantage: reward less the group's mean, over its
-    deviation ("std") or not ("mean"), or less the mean of the other answers ("others"). average: over all tokens, over each answer's first
-    ("answer"), or tokens over max_tokens ("limit"). ratio, surrogate, clip_low, clip_high, kl, unbiased: pascaline/train/policy.py.
-    reference_every: steps after which the policy becomes the reference of kl, 0: never. refills: times that groups without variance are
-    replaced by new ones; overlong: last share of max_tokens in which length costs, up to 1.
-
-    mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
-    keep up with the policy; 0 leaves them as they are."""
-
-    puzzles: list[str] = ["countdown"]
-    steps: int = Field(60, ge=1)
-    prompts: int = Field(32, ge=1)
-    samples: int = Field(16, ge=2)
-    max_tokens: int = Field(200, ge=1)
-    algorithm: Literal["", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = ""
-    advantage: Literal["std", "mean", "others"] = "std"
-    average: Literal["token", "answer", "limit"] = "token"
-    ratio: Literal["token", "sequence"] = "token"
-    surrogate: Literal["clip", "cispo"] = "clip"
-    clip_low: float = Field(0.2, gt=0, le=1)
-    clip_high: float = Field(0.28, gt=0)
-    kl: float = Field(0.0, ge=0)
-    unbiased: bool = False
-    reference_every: int = Field(0, ge=0)
-    refills: int = Field(0, ge=0)
-    overlong: float = Field(0.0, ge=0, lt=1)
-    wrong_reward: float = Field(0.0, le=0)
-    rewards: dict[str, float] = {}
-    max_unjudged: float = Field(0.1, ge=0, le=1)
-    guard: Guard = Guard(sigma=0.0, patience=0)  # a policy's loss and norm jump about in good health
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, raw: Any) -> Any:
-        algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
-        return {**ALGORITHMS.get(algorithm, {}), **raw} if isinstance(algorithm, str) else raw
-
-
-class Eval(Table):
-    """Held-out problems of `puzzles` (the first is the headline). samples at each temperature; `votes` samples on `vote_problems`
-    problems for the majority and best-of curves."""
-
-    puzzles: list[str] = ["countdown"]
-    problems: int = Field(1000, ge=1)
-    samples: int = Field(4, ge=1)
-    temperature: float = Field(0.6, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    votes: int = Field(32, ge=1)
-    vote_problems: int = Field(128, ge=1)
-    max_tokens: int = Field(256, ge=1)
-
-
-class Ledger(Table):
-    """What a run costs (docs/watching.md). watts: power of a device, for an estimate of energy; price: money an hour of a device costs, in
-    `currency`. 0: not told."""
-
-    watts: float = Field(0.0, ge=0)
-    price: float = Field(0.0, ge=0)
-    currency: str = ""
-
-
-class Parallel(Table):
-    """Several processes (docs/training.md). ranks: how many the recipe is for, 0 for any number; experts: how many of them share out the
-    experts of a layer among them (expert parallelism), the rest of the model is cut over all; replicas: into so many groups the ranks are
-    divided first, each with the whole model."""
-
-    ranks: int = Field(0, ge=0)
-    experts: int = Field(1, ge=1)
-    replicas: int = Field(1, ge=1)
+from pascaline.tables import KINDS, Corpus, Eval, Extend, Ledger, Parallel, Pretrain, Puzzle, Rl, Sft, Table, Tokenizer, kind
 
 
 class Recipe(Table):
     """The whole chain. `model` is a preset name plus overrides (pascaline.model.presets), or `folder`, a Hugging Face folder to start from:
-    then there is a pretrain stage only if its table is written. sinks: tools that are given the rows of
-    metrics.jsonl too. `sinks`, `ledger` and `parallel` are no part of what a run is: it goes on with others."""
+    then there is a pretrain stage only if its table is written. chain: the stages after those that read the corpus, by the names of their
+    tables, in their order; a table [KIND-NAME] is a stage of a kind that there is already ([rl-all], [sft-restart]). sinks: tools that are
+    given the rows of metrics.jsonl too. `sinks`, `ledger` and `parallel` are no part of what a run is: it goes on with others."""
 
     seed: int = Field(1, ge=0)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     sinks: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    chain: list[str] = ["sft", "rl"]
     corpus: Corpus = Corpus()
     puzzles: dict[str, Puzzle] = {}
     tokenizer: Tokenizer = Tokenizer()
@@ -262,9 +39,31 @@ class Recipe(Table):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages of this chain in their order; a stage without a table is left out."""
-        read = self.pretrain or self.extend  # the corpus is
-        return tuple(name for name in STAGES if getattr(self, name) is not None and (name != "corpus" or read))
+        """All stages in their order."""
+        read = [name for name in ("pretrain", "extend") if getattr(self, name) is not None]
+        corpus = ["corpus"] if read or any(kind(name) == "pretrain" for name in self.chain) else []
+        return (*corpus, "tokenizer", *read, *self.chain, "eval")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The stages whose model others can start from."""
+        return tuple(name for name in self.stages if kind(name) in KINDS and kind(name) != "reject" and not self.judges(name))
+
+    @property
+    def talkers(self) -> tuple[str, ...]:
+        """The stages of the chain whose model answers chats."""
+        return tuple(name for name in self.models if kind(name) not in ("pretrain", "extend"))
+
+    def judges(self, stage: str) -> bool:
+        """Whether its model gives scores instead of words."""
+        return kind(stage) == "prefer" and getattr(self, stage).method == "reward"
+
+    def before(self, stage: str) -> str | None:
+        """The stage whose model this one starts from; None: the folder that the chain starts from, or nothing."""
+        if own := getattr(getattr(self, stage), "start", ""):
+            return str(own)
+        place = self.stages.index(stage)
+        return next((name for name in reversed(self.models) if self.stages.index(name) < place), None)
 
     @property
     def start(self) -> str | None:
@@ -283,6 +82,28 @@ class Recipe(Table):
         if set(model) != {"folder"}:
             raise ValueError(f"model.folder brings its own shape; leave out model.{min(set(model) - {'folder'})}")
         return {"pretrain": None, **raw}
+
+    @model_validator(mode="after")
+    def _chained(self) -> "Recipe":
+        """Every stage has a table, every table a place, and starts from what is there by then."""
+        tables = [name for name in type(self).model_fields if kind(name) in KINDS]
+        for at, name in enumerate(self.chain):
+            if name not in tables or name in ("pretrain", "extend"):
+                raise ValueError(f"chain names '{name}', and there is no table [{name}]{nearest(name, tables)}")
+            if name in self.chain[:at]:
+                raise ValueError(f"chain has '{name}' twice: give the second a table of its own, like [{kind(name)}-again]")
+        for name in tables:
+            if name not in (*Recipe.model_fields, *self.chain):
+                raise ValueError(f"[{name}] has no place in the chain: add it to `chain` ({', '.join(self.chain)})")
+        for name in self.chain:
+            start = getattr(getattr(self, name), "start", "")
+            known = [model for model in self.models if self.stages.index(model) < self.stages.index(name)]
+            if start and start not in known:
+                listed = ", ".join(known) or "none"
+                raise ValueError(f"{name}.start = '{start}' is no earlier stage with a model ({listed}){nearest(start, known)}")
+        if not self.talkers:
+            raise ValueError("chain has no stage that teaches the model to answer, like sft")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -310,10 +131,19 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
 
 
 def parse(raw: dict[str, Any], where: str) -> Recipe:
+    """A recipe from what a TOML or JSON file holds; a mistake is BadInput that begins with `where`."""
+    shape = _with(tuple(sorted(name for name in raw if name not in Recipe.model_fields and kind(name) in KINDS)))
     try:
-        return Recipe.model_validate(raw)
+        return shape.model_validate(raw)
     except ValidationError as e:
-        raise BadInput(describe_validation(e, where, Recipe.model_fields)) from None
+        raise BadInput(describe_validation(e, where, shape.model_fields)) from None
+
+
+@cache
+def _with(tables: tuple[str, ...]) -> type[Recipe]:
+    """A recipe that has these tables too; each is of the kind that its name begins with."""
+    fields: dict[str, Any] = {name: (KINDS[kind(name)], ...) for name in tables}
+    return create_model("Recipe", __base__=Recipe, **fields) if fields else Recipe
 
 
 def read_setting(text: str) -> tuple[str, Any]:

@@ -13,8 +13,8 @@ import pytest
 
 from pascaline import ledger
 from pascaline.ledger import WIDTH, Attempt, Totals, cost, set_aside
-from pascaline.recipe import Ledger
 from pascaline.stopping import Stopped
+from pascaline.tables import Ledger
 
 FREE = Ledger()
 

@@ -1,6 +1,7 @@
 """Recipes: every key has a type, an unknown one is an error that names the nearest, and what is written is what was read."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascaline import recipe
 from pascaline.errors import BadInput
-from pascaline.model.presets import PRESETS
 from pascaline.post.check import check
 from pascaline.recipe import Recipe, differences, load, parse, read_setting, to_toml
 
@@ -228,6 +227,39 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str, source: str, lr: floa
     assert Recipe.model_validate(once.model_dump(mode="json")) == once
 
 
-def test_every_stage_is_a_table_or_a_room() -> None:
-    assert set(recipe.STAGES) == set(Recipe.model_fields) - {"seed", "device", "dtype", "puzzles", "model", "sinks", "ledger", "parallel"}
-    assert "nano" in PRESETS and Recipe().model == {"preset": "nano"}
+def test_a_chain_is_composed_of_named_tables() -> None:
+    raw = {
+        "chain": ["sft", "rl", "reject", "sft-restart", "rl-all"],
+        "reject": {},
+        "rl-all": {"steps": 3},
+        "sft-restart": {"start": "pretrain"},
+    }
+    found = parse(raw, "")
+    assert found.stages == ("corpus", "tokenizer", "pretrain", *raw["chain"], "eval")
+    assert [found.before(name) for name in raw["chain"]] == ["pretrain", "sft", "rl", "pretrain", "sft-restart"]
+    assert found.talkers == ("sft", "rl", "sft-restart", "rl-all") and getattr(found, "rl-all").steps == 3
+    assert parse(tomllib.loads(to_toml(found)), "") == found == parse(json.loads(json.dumps(found.model_dump(mode="json"))), "")
+    assert found != parse({**raw, "rl-all": {"steps": 4}}, "")
+
+
+def test_a_reward_model_is_no_start() -> None:
+    found = parse({"chain": ["sft", "prefer", "rl"], "prefer": {"method": "reward"}}, "")
+    assert found.before("prefer") == found.before("rl") == "sft"
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"chain": ["sft", "rl-al"], "rl-all": {}}, "chain names 'rl-al', and there is no table [rl-al]; did you mean 'rl-all'?"),
+        ({"rl-all": {}}, "[rl-all] has no place in the chain: add it to `chain` (sft, rl)"),
+        ({"chain": ["sft", "rl-all"], "rl-all": {"stepps": 2}}, "x.rl-all.stepps is not a known key; did you mean 'steps'?"),
+        ({"chain": ["sft", "sft"]}, "chain has 'sft' twice: give the second a table of its own, like [sft-again]"),
+        ({"rl": {"start": "sftt"}}, "rl.start = 'sftt' is no earlier stage with a model (pretrain, sft); did you mean 'sft'?"),
+        ({"sft": {"start": "rl"}}, "sft.start = 'rl' is no earlier stage with a model (pretrain)"),
+        ({"chain": []}, "chain has no stage that teaches the model to answer"),
+        ({"chain": ["sft", "reject"]}, "there is no table [reject]"),
+    ],
+)
+def test_a_chain_that_does_not_fit_is_one_sentence(raw: dict, words: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(words)):
+        parse(raw, "x")

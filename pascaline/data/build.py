@@ -13,7 +13,7 @@ from pascaline.data.mixture import Share, Spool, mixed
 from pascaline.data.parallel import Workers
 from pascaline.data.quality import QualityScore, identity, runs, script
 from pascaline.data.sources import Document, Excluded, documents
-from pascaline.recipe import Corpus
+from pascaline.tables import Corpus
 
 
 def quality(*, good: Sequence[str] = ("FILE",), bad: Sequence[str] = ("FILE",), min_score: float = 0.5) -> Filter:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from pascaline.data.mixture import Share, missing, wanted
-from pascaline.recipe import Corpus
+from pascaline.tables import Corpus
 
 
 def corpus_card(corpus: Corpus, kept: Counter[str], size: Counter[str], left: Counter[tuple[str, str]], shares: Mapping[str, Share]) -> str:

@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 
 from pascaline.data.dedup import minhash
 from pascaline.data.sources import Document, Excluded
-from pascaline.recipe import Corpus
+from pascaline.tables import Corpus
 
 
 class Share(NamedTuple):

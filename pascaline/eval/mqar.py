@@ -19,7 +19,7 @@ from pascaline.errors import BadInput, describe_validation
 from pascaline.eval import needle, passk
 from pascaline.eval.plan import Plan, measured
 from pascaline.model.transformer import Model
-from pascaline.recipe import Table
+from pascaline.tables import Table
 from pascaline.tokenizer import Tokenizer
 
 SHORTEST, LONGEST = 64, 4096  # tokens, where no lengths are given; the paper's are 64 to 512

@@ -25,7 +25,7 @@ from pascaline.errors import BadInput, describe_validation
 from pascaline.eval import needle, plots
 from pascaline.eval.plan import Plan, measured
 from pascaline.post.verifiers import closed
-from pascaline.recipe import Table
+from pascaline.tables import Table
 from pascaline.tokenizer import THINK, Tokenizer
 
 SHORTEST = 256  # tokens, where no lengths are given

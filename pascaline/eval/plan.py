@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from pydantic import Field, model_validator
 
 from pascaline.eval import passk
-from pascaline.recipe import Table
+from pascaline.tables import Table
 
 if TYPE_CHECKING:
     from pascaline.engine import Engine  # which would load torch

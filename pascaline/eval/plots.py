@@ -115,10 +115,10 @@ def votes(points: Rows, title: str) -> str | None:
         return None
     figure, axes = _panel(title)
     k = column(points, "k")
-    axes.plot(k, 100 * column(points, "accuracy"), color=BLUE, marker="o", markersize=4, linewidth=1.8, label="after RL")
+    axes.plot(k, 100 * column(points, "accuracy"), color=BLUE, marker="o", markersize=4, linewidth=1.8, label="after")
     if np.isfinite(column(points, "before")).any():
         before = 100 * column(points, "before")
-        axes.plot(k, before, color=ORANGE, marker="s", markersize=4, linewidth=1.5, linestyle="--", label="before RL")
+        axes.plot(k, before, color=ORANGE, marker="s", markersize=4, linewidth=1.5, linestyle="--", label="before")
         _legend(axes)
     axes.set_xscale("log", base=2)
     axes.set_xticks(k, [f"{int(value)}" for value in k])

@@ -65,7 +65,8 @@ def table_text(report: Mapping[str, Any]) -> str:
     if report.get("ledger"):
         parts.append(cost_text(report["ledger"]))
     if gain.get("points") is not None:
-        parts.append(f"RL gain: {points(gain['points'])} points (95% interval {_between(gain, points)})")
+        pair = f"{gain.get('after', 'rl')} over {gain.get('before', 'sft')}"
+        parts.append(f"gain of {pair}: {points(gain['points'])} points (95% interval {_between(gain, points)})")
     return "\n\n".join(parts)
 
 

@@ -22,7 +22,7 @@ from pascaline.data.puzzles.families import Family
 from pascaline.errors import BadInput, describe_validation, nearest
 from pascaline.eval.plan import Plan, Task
 from pascaline.post import verifiers
-from pascaline.recipe import Puzzle
+from pascaline.tables import Puzzle
 
 # Kinds that are no family of problems: where the function stands that measures.
 TASKS = {

@@ -11,7 +11,7 @@ from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.eval import passk
 from pascaline.post.verifiers import Judged, closed, judge
-from pascaline.recipe import Puzzle
+from pascaline.tables import Puzzle
 
 Judge = Callable[[Sequence[Problem], Sequence[Sequence[Output]]], Judged]
 Read = Callable[[Problem, str], Hashable | None]

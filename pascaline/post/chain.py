@@ -10,6 +10,7 @@ from pascaline.ledger import Attempt, cost, set_aside
 from pascaline.post.check import check, check_ranks, check_sinks
 from pascaline.recipe import Recipe, differences, load, parse, to_toml
 from pascaline.runs import TEMPORARY, Lock, complete, is_complete, read_json, write_atomic, write_json
+from pascaline.tables import kind
 
 RESOLVED_LATER = ("device", "dtype")  # "auto" in a recipe; a run keeps what it was resolved to
 WATCHING = ("sinks", "ledger", "parallel")  # no part of what a run is: it goes on with what is asked now
@@ -61,28 +62,35 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
     # torch and the rooms above it load only when there is work to do.
     import torch
 
-    from pascaline.post import evaluation, stages
+    from pascaline.post.stage import TOGETHER, Run, record
 
     device = choose(recipe.device)
     dtype = best_dtype(device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     recipe = recipe.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     ranks = _ranks(recipe)
-    current = stages.Run(recipe, out, device, dtype, quiet, ranks)
+    current = Run(recipe, out, device, dtype, quiet, ranks)
     _write_recipe(recipe, out)
-    work = {**{name: getattr(stages, name) for name in recipe.stages[:-1]}, "eval": evaluation.evaluate}
     for name in recipe.stages:
         if not is_complete(current.folder(name)):
             current.folder(name).mkdir(parents=True, exist_ok=True)
-            if name in stages.TOGETHER:
-                ranks.tell((recipe, name))
+            if kind(name) in TOGETHER:
+                ranks.tell((recipe.model_dump(mode="json"), name))
             with Attempt(out, name, ranks.size) as current.attempt:
-                summary = work[name](current)
-            stages.record(current, name)
+                summary = _work(name)(current, name)
+            record(current, name)
             complete(current.folder(name), summary)
         if name == until != recipe.stages[-1]:
             break
     ranks.tell()
     return {} if until not in (None, recipe.stages[-1]) else _finish(current)
+
+
+def _work(name: str) -> Any:
+    """The function that does a stage."""
+    from pascaline.post import evaluation, rl, sft, stages
+
+    chained = {"sft": sft.sft, "rl": rl.rl, "eval": evaluation.evaluate}
+    return chained.get(kind(name)) or getattr(stages, kind(name))
 
 
 def _ranks(recipe: Recipe) -> Any:
@@ -102,13 +110,13 @@ def _follow(recipe: Recipe, out: Path) -> dict[str, Any]:
     """What the ranks after the first do: wait for it, and train with it. They write nothing and say nothing."""
     import torch
 
-    from pascaline.post import stages
+    from pascaline.post.stage import Run
 
     ranks = _ranks(recipe)
     while (told := ranks.tell()) is not None:
-        recipe, name = told
-        current = stages.Run(recipe, out, choose(recipe.device), getattr(torch, recipe.dtype), quiet=True, ranks=ranks)
-        getattr(stages, name)(current)
+        recipe, name = parse(told[0], ""), told[1]
+        current = Run(recipe, out, choose(recipe.device), getattr(torch, recipe.dtype), quiet=True, ranks=ranks)
+        _work(name)(current, name)
     return {}
 
 
@@ -121,7 +129,7 @@ def _finish(current: Any) -> dict[str, Any]:
     out: Path = current.out
     temporary = out / f".model{TEMPORARY}"
     try:
-        shutil.copytree(current.folder("rl") / "model", temporary)
+        shutil.copytree(current.model(current.recipe.talkers[-1]), temporary)
         shutil.rmtree(out / "model", ignore_errors=True)
         temporary.rename(out / "model")
     except BaseException:

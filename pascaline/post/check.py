@@ -15,7 +15,8 @@ from pascaline.errors import BadInput, nearest
 from pascaline.model.config import ModelConfig
 from pascaline.model.presets import from_recipe
 from pascaline.post import verifiers
-from pascaline.recipe import Extend, Pretrain, Puzzle, Recipe, Sft
+from pascaline.recipe import Recipe
+from pascaline.tables import KINDS, Extend, Pretrain, Puzzle, Sft, kind
 from pascaline.tokenizer import BYTES, SPECIALS, Tokenizer
 
 
@@ -29,16 +30,11 @@ def check(recipe: Recipe) -> None:
     elif recipe.tokenizer.vocab_size < least:
         raise BadInput(f"tokenizer.vocab_size = {recipe.tokenizer.vocab_size} is smaller than the byte alphabet and the special tokens; "
                        f"take at least {least}.")  # fmt: skip
-    config = model_config(recipe, recipe.tokenizer.vocab_size)
-    positions = config.max_position_embeddings
-    for name in ("pretrain", "extend", "sft", "rl"):
-        if name == "extend" and recipe.extend:
-            _check_extend(recipe, positions)
-            positions = recipe.extend.length
-        if (stage := getattr(recipe, name)) and stage.sequence_length > positions:
-            raise BadInput(f"{name}.sequence_length = {stage.sequence_length} is more than the model's {positions} positions.")
-    if recipe.rl.compile:
-        raise BadInput("rl.compile: the engine samples with the layers that are trained, in ever other shapes; compile the other stages.")
+    _check_positions(recipe)
+    for name in recipe.stages:
+        if kind(name) == "rl" and getattr(recipe, name).compile:
+            raise BadInput(f"{name}.compile: the engine samples with the layers that are trained, in ever other shapes; compile the other "
+                           "stages.")  # fmt: skip
     _check_puzzles(recipe)
     if "corpus" not in recipe.stages:
         return
@@ -48,6 +44,22 @@ def check(recipe: Recipe) -> None:
         next(documents(recipe.corpus.sources, recipe.corpus.max_bytes, lambda _: None), None)  # says what is missing or empty
     elif not any(t.traces for t in recipe.puzzles.values()):
         raise BadInput("the corpus would be empty: name corpus.sources or give a puzzle some traces.")
+
+
+def _check_positions(recipe: Recipe) -> None:
+    """Each stage's rows must fit into the positions of the model that it gets."""
+    positions: dict[str | None, int] = {None: model_config(recipe, recipe.tokenizer.vocab_size).max_position_embeddings}
+    for name in (stage for stage in recipe.stages if kind(stage) in KINDS):
+        stage = getattr(recipe, name)
+        there = positions[recipe.before(name)]
+        if name == "extend" and recipe.extend:
+            _check_extend(recipe, there)
+            there = recipe.extend.length
+        elif getattr(stage, "model", None):
+            there = model_config(recipe, recipe.tokenizer.vocab_size, stage.model).max_position_embeddings
+        positions[name] = there
+        if getattr(stage, "sequence_length", 0) > there:
+            raise BadInput(f"{name}.sequence_length = {stage.sequence_length} is more than the model's {there} positions.")
 
 
 def check_sinks(recipe: Recipe) -> None:
@@ -87,9 +99,9 @@ def check_ranks(recipe: Recipe, size: int) -> None:
         instead = f", or set parallel.replicas = {more} (groups of {size // more} that hold the whole model each)" if more else ""
         raise BadInput(f"{own} ranks{of} are more than the {most} {what}: some would hold nothing of it; start {most * table.replicas} "
                        f"ranks at most{instead}.")  # fmt: skip
-    for name in ("pretrain", "extend", "sft"):
-        if (stage := getattr(recipe, name)) is not None:
-            _check_rows(name, stage, size)
+    for name in recipe.stages:
+        if kind(name) in ("pretrain", "extend", "sft"):
+            _check_rows(name, getattr(recipe, name), size)
 
 
 def _replicas(size: int, most: int, experts: int) -> list[int]:
@@ -139,29 +151,34 @@ def _check_start(recipe: Recipe) -> None:
     _ = own.end, own.end_of_turn
 
 
-def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    """The recipe's model over a vocabulary; impossible shapes and unknown names are BadInput."""
-    if recipe.start:
+def model_config(recipe: Recipe, vocab_size: int, shape: dict[str, Any] | None = None) -> ModelConfig:
+    """The recipe's model, or that of a stage with a `shape` of its own, over a vocabulary; impossible shapes and unknown names are
+    BadInput."""
+    if recipe.start and not shape:
         from pascaline.model.hf import read_config
 
         return read_config(recipe.start)
-    if "vocab_size" in recipe.model:
+    shape = shape or recipe.model
+    if "vocab_size" in shape:
         raise BadInput("model.vocab_size follows from the tokenizer; set tokenizer.vocab_size instead.")
-    return from_recipe({**recipe.model, "vocab_size": vocab_size})
+    return from_recipe({**shape, "vocab_size": vocab_size})
 
 
 def _check_puzzles(recipe: Recipe) -> None:
     for name, table in recipe.puzzles.items():
         _check_family(name, table)
-    for where, names in (("rl.puzzles", recipe.rl.puzzles), ("eval.puzzles", recipe.eval.puzzles)):
+    asked = {f"{name}.puzzles": getattr(recipe, name).puzzles for name in recipe.stages if hasattr(getattr(recipe, name), "puzzles")}
+    for where, names in asked.items():
         if not names or set(names) - set(recipe.puzzles):
             raise BadInput(f"{where} = {names} must name puzzles of the recipe ({', '.join(recipe.puzzles) or 'it has none'}).")
     for name in recipe.eval.puzzles:  # a space too small for the evaluation must not be found after the training
         Family(name, recipe.puzzles[name]).problems(recipe.eval.problems, 0, held_out=True)
-    if not any(t.examples for t in recipe.puzzles.values()):
-        raise BadInput("sft has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
-    for verifier in recipe.rl.rewards:
-        verifiers.get(verifier)
+    for name in recipe.chain:
+        stage = getattr(recipe, name)
+        if kind(name) == "sft" and not stage.data and not any(t.examples for t in recipe.puzzles.values()):
+            raise BadInput(f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
+        for verifier in getattr(stage, "rewards", ()):
+            verifiers.get(verifier)
 
 
 def _check_family(name: str, table: Puzzle) -> None:

@@ -8,9 +8,10 @@ from pascaline.device import best_dtype
 from pascaline.errors import BadInput
 from pascaline.eval.report import aligned
 from pascaline.post.check import check_ranks, model_config
-from pascaline.post.stages import TOGETHER
+from pascaline.post.stage import TOGETHER
 from pascaline.recipe import Recipe
 from pascaline.runs import machine
+from pascaline.tables import kind
 from pascaline.train.memory import Plan, peak
 
 KINDS = ("weights", "moments", "gradients", "gathered", "activations", "logits", "temporary", "peak", "host copy", "start")
@@ -23,9 +24,7 @@ def needs(recipe: Recipe, ranks: int, per_host: int | None = None, memory: float
     check_ranks(recipe, ranks)
     cuda = recipe.device.startswith("cuda") or (recipe.device == "auto" and torch.cuda.is_available())
     dtype = recipe.dtype if recipe.dtype != "auto" else "bfloat16" if cuda else str(best_dtype("cpu")).removeprefix("torch.")
-    plans = {
-        name: plan(recipe, name, ranks, getattr(torch, dtype).itemsize, not cuda) for name in (*TOGETHER, "rl") if name in recipe.stages
-    }
+    plans = {name: plan(recipe, name, ranks, getattr(torch, dtype).itemsize, not cuda) for name in recipe.models}
     stages = {name: peak(one) for name, one in plans.items()}
     each = min(per_host or (ranks if not cuda else PER_HOST), ranks)
     device = max(kinds["peak"] for kinds in stages.values())
@@ -42,7 +41,7 @@ def needs(recipe: Recipe, ranks: int, per_host: int | None = None, memory: float
 def plan(recipe: Recipe, name: str, ranks: int, size: int, host: bool) -> Plan:
     """Stages that one rank does alone have no others to share with."""
     config, stage, mesh = model_config(recipe, recipe.tokenizer.vocab_size), getattr(recipe, name), recipe.parallel
-    if name not in TOGETHER:
+    if kind(name) not in TOGETHER:
         return Plan(config, stage, size=size, host=host)
     return Plan(config, stage, ranks, mesh.experts, size, host, mesh.replicas)
 

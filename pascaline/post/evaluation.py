@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from pascaline.eval.questions import read_plain
 from pascaline.ledger import COST, Totals, cost
 from pascaline.model import hf
 from pascaline.post import extension
-from pascaline.post.stages import Run
+from pascaline.post.stage import Run
 from pascaline.post.verifiers import Judged, judge
+from pascaline.recipe import Recipe
 from pascaline.runs import machine, read_json, versions, write_json
 from pascaline.stopping import Interrupt
+from pascaline.tables import kind
 from pascaline.train.loop import active_parameters
 
 VOTES = (1, 2, 4, 8, 16, 32)
@@ -26,8 +29,9 @@ START = "start"
 SEED = 1_000_003  # of the evaluation problems: one set for every run, so that runs can be compared
 
 
-def evaluate(run: Run) -> dict[str, Any]:
-    """Measure the base model, sft and rl under several protocols; each piece is kept in parts/, so an interrupted evaluation goes on."""
+def evaluate(run: Run, name: str) -> dict[str, Any]:
+    """Measure the base model and every one that answers chats under several protocols; each piece is kept in parts/, so that an
+    interrupted evaluation goes on."""
     plan = run.recipe.eval
     problems = tasks.held_out(plan.puzzles, run.recipe.puzzles, plan.problems, SEED)
     main = problems[plan.puzzles[0]]
@@ -39,13 +43,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     def piece(model: str, name: str, work: Callable[[Engine], dict[str, Any]]) -> None:
         pieces.append((model, f"{model}-{name}", work))
 
-    base = _base_stage(run)
+    base = _base(run.recipe)
     if base != START:  # a base model of our own reads plain text: it meets chat tokens only in sft
-        piece(base, "plain", lambda engine: _base(engine, main, plan.temperature, plan.top_p, plan.max_tokens))
+        piece(base, "plain", lambda engine: _plain(engine, main, plan.temperature, plan.top_p, plan.max_tokens))
     else:
         sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, plan.samples, seed=SEED)
         piece(base, "plain", lambda engine, s=sampling: _protocol(engine, main, s))  # type: ignore[misc]
-    for model in ("sft", "rl"):
+    for model in run.recipe.talkers:
         for temperature, top_p, samples in protocols:
             sampling = Sampling(temperature, top_p, plan.max_tokens, samples, seed=SEED)
             piece(model, f"t{temperature:g}", lambda engine, s=sampling: _protocol(engine, main, s))  # type: ignore[misc]
@@ -57,10 +61,17 @@ def evaluate(run: Run) -> dict[str, Any]:
     return _work(run, pieces)
 
 
-def _base_stage(run: Run) -> str:
-    """The stage whose model sft starts from, START if that is the folder that the chain starts from."""
-    before = run.recipe.stages[run.recipe.stages.index("sft") - 1]
-    return START if before == "tokenizer" else before
+def _base(recipe: Recipe) -> str:
+    """The stage whose model the chain's first chats are taught to, START if that is the folder that the chain starts from."""
+    return recipe.before(recipe.talkers[0]) or START
+
+
+def compared(recipe: Recipe) -> tuple[str | None, str]:
+    """The two models whose difference is the chain's gain: the last one that RL made and what it started from, or else the last of all
+    and the talker before it, if there is one."""
+    made = [name for name in recipe.talkers if recipe.before(name) in recipe.talkers]
+    after = ([name for name in made if kind(name) == "rl"] or made or [recipe.talkers[-1]])[-1]
+    return (recipe.before(after) if after in made else None), after
 
 
 def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, Any]]]]) -> dict[str, Any]:
@@ -74,8 +85,7 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
             found = read_json(path)
             if found is None:
                 if loaded != model:
-                    folder = run.origin("sft") if model == START else run.folder(model) / "model"
-                    weights = hf.load(folder, run.dtype, run.device)
+                    weights = hf.load(run.model(None if model == START else model), run.dtype, run.device)
                     engine, loaded = Engine(weights, run.tokenizer()), model
                 assert engine is not None
                 before, began = engine.stats.generated + engine.stats.prefilled, time.perf_counter()
@@ -108,7 +118,7 @@ def _votes(engine: Engine, problems: list[Problem], sampling: Sampling) -> dict[
     return {"k": counts, "majority": majority, "best_of": best, "n": len(problems)}
 
 
-def _base(engine: Engine, problems: list[Problem], temperature: float, top_p: float, max_tokens: int) -> dict[str, Any]:
+def _plain(engine: Engine, problems: list[Problem], temperature: float, top_p: float, max_tokens: int) -> dict[str, Any]:
     """The base model continues "problem, newline" as plain text; what follows "Answer: " on the last line counts."""
     own = engine.tokenizer
     assert own is not None
@@ -124,41 +134,52 @@ def _base(engine: Engine, problems: list[Problem], temperature: float, top_p: fl
 def report(run: Run) -> dict[str, Any]:
     """The content of report.json, read back from the stages' folders."""
     parts = {p.stem: read_json(p) or {} for p in sorted((run.folder("eval") / "parts").glob("*.json"))}
-    main, plan = f"t{run.recipe.eval.temperature:g}", run.recipe.eval.puzzles
-    base = _base_stage(run)
-    measured = {base: parts[f"{base}-plain"], "sft": parts[f"sft-{main}"], "rl": parts[f"rl-{main}"]}
+    recipe, main = run.recipe, f"t{run.recipe.eval.temperature:g}"
+    base, (before, after) = _base(recipe), compared(recipe)
+    measured = {base: parts[f"{base}-plain"], **{name: parts[f"{name}-{main}"] for name in recipe.talkers}}
     keys = ("accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens")
     rows = []
     spent = cost(run.out)
     final = {entry["name"]: entry["final"] for entry in spent.get("stages", [])}
-    for name in [*[START] * (base == START), *run.recipe.stages]:
+    for name in [*[START] * (base == START), *recipe.stages]:
         facts, own = measured.get(name, {}), final.get(name, {})
         rows.append({"name": name, **{k: facts.get(k) for k in keys}, "seconds": own.get("seconds"), "flops": own.get("flops")})
+    order = [START, *recipe.talkers]
     protocols = [
-        {"model": name.split("-")[0], **{k: v for k, v in part.items() if k not in ("by_problem", "examples", *COST)}}
+        {"model": next(m for m in sorted(order, key=len, reverse=True) if name.startswith(f"{m}-")),
+         **{k: v for k, v in part.items() if k not in ("by_problem", "examples", *COST)}}
         for name, part in parts.items()
         if "temperature" in part
-    ]
-    protocols.sort(key=lambda p: (plan.index(p["puzzle"]), (START, "sft", "rl").index(p["model"]), -p["temperature"]))
-    before, after = parts["sft-votes"], parts["rl-votes"]
-    pairs = zip(measured["rl"]["by_problem"], measured["sft"]["by_problem"], strict=True)
-    known = np.array([pair for pair in pairs if None not in pair], np.float64).reshape(-1, 2)  # where both could be judged
-    gain, low, high = passk.paired_difference(known[:, 0], known[:, 1])
+    ]  # fmt: skip
+    protocols.sort(key=lambda p: (recipe.eval.puzzles.index(p["puzzle"]), order.index(p["model"]), -p["temperature"]))
+    told: dict[str, Any] = {"before": before, "after": after}
+    if before:
+        told |= _gain(measured[after]["by_problem"], measured[before]["by_problem"])
+    examples = []
+    for i, example in enumerate(measured[after]["examples"]):
+        earlier = {"before": _said(measured[before]["examples"][i])} if before else {}
+        examples.append({"prompt": example["prompt"], **earlier, "after": _said(example)})
+    votes, other = parts[f"{after}-votes"], parts.get(f"{before}-votes", {})
 
-    def said(example: dict[str, Any]) -> dict[str, Any]:
-        return {k: example[k] for k in ("thought", "answer", "verdict")}
-
-    told = zip(measured["sft"]["examples"], measured["rl"]["examples"], strict=True)
-    examples = [{"prompt": a["prompt"], "before": said(b), "after": said(a)} for b, a in told]
-
-    def curve(kind: str) -> list[dict[str, Any]]:
-        return [{"k": k, "accuracy": a, "before": b} for k, a, b in zip(after["k"], after[kind], before[kind], strict=True)]
+    def curve(which: str) -> list[dict[str, Any]]:
+        return [{"k": k, "accuracy": a, "before": b} for k, a, b in zip_longest(votes["k"], votes[which], other.get(which, []))]
 
     extended = {"extension": read_json(run.folder("extend") / extension.FILE)} if run.recipe.extend else {}
     return {
-        **extended, "stages": rows, "protocols": protocols, "gain": {"points": 100 * gain, "low": 100 * low, "high": 100 * high},
-        "majority": curve("majority"), "best_of": curve("best_of"), "votes_n": after["n"], "examples": examples,
+        **extended, "stages": rows, "protocols": protocols, "gain": told,
+        "majority": curve("majority"), "best_of": curve("best_of"), "votes_n": votes["n"], "examples": examples,
         "ledger": spent, "seed": run.recipe.seed, "versions": versions(),
         "machine": machine(None if run.device.type == "cpu" else str(run.device)) | {"dtype": str(run.dtype).removeprefix("torch."),
                                                                                      "threads": torch.get_num_threads()},
     }  # fmt: skip
+
+
+def _gain(after: list[float | None], before: list[float | None]) -> dict[str, float]:
+    """Points of accuracy, paired by problem, with the 95 % interval; over the problems where both could be judged."""
+    known = np.array([pair for pair in zip(after, before, strict=True) if None not in pair], np.float64).reshape(-1, 2)
+    gain, low, high = passk.paired_difference(known[:, 0], known[:, 1])
+    return {"points": 100 * gain, "low": 100 * low, "high": 100 * high}
+
+
+def _said(example: dict[str, Any]) -> dict[str, Any]:
+    return {k: example[k] for k in ("thought", "answer", "verdict")}

@@ -16,9 +16,10 @@ from pascaline.eval.perplexity import by_position
 from pascaline.ledger import COST, Totals
 from pascaline.model.transformer import Model
 from pascaline.progress import Progress
-from pascaline.recipe import Extend, Recipe
+from pascaline.recipe import Recipe
 from pascaline.runs import read_json, write_json
 from pascaline.stopping import Interrupt
+from pascaline.tables import Extend
 from pascaline.tokenizer import Tokenizer
 from pascaline.train.loop import active_parameters
 

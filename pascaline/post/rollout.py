@@ -18,7 +18,7 @@ from pascaline.errors import BadInput
 from pascaline.post import grpo
 from pascaline.post.reference import Reference
 from pascaline.post.verifiers import judge, scores
-from pascaline.recipe import Puzzle, Rl
+from pascaline.tables import Puzzle, Rl
 from pascaline.train.loop import active_parameters
 
 
@@ -58,8 +58,8 @@ class Groups:
 class Rollouts:
     """A Source for the training loop: step i samples with the weights of that moment and with a seed made from (seed, i)."""
 
-    def __init__(self, engine: Engine, rl: Rl, tables: dict[str, Puzzle], seed: int, reference: Reference | None = None):
-        self.engine, self.rl, self.tables, self.seed, self.reference = engine, rl, tables, seed, reference
+    def __init__(self, engine: Engine, rl: Rl, tables: dict[str, Puzzle], seed: int, reference: Reference | None = None, name: str = "rl"):
+        self.engine, self.rl, self.tables, self.seed, self.reference, self.name = engine, rl, tables, seed, reference, name
         self.facts: dict[str, Any] = {}
         self.flops_per_token = 2.0 * active_parameters(engine.model)
 
@@ -68,7 +68,7 @@ class Rollouts:
         found = []
         for i, name in enumerate(self.rl.puzzles):
             share = self.rl.prompts // len(self.rl.puzzles) + (i < self.rl.prompts % len(self.rl.puzzles))
-            seed = random.Random(self._seed("rl", step, refill)).getrandbits(48)
+            seed = random.Random(self._seed(self.name, step, refill)).getrandbits(48)
             found += Family(name, self.tables[name]).problems(share, seed, held_out=False)
         return found
 
@@ -139,8 +139,9 @@ class Rollouts:
         share = 1 - known.mean()
         if share > self.rl.max_unjudged:
             raise BadInput(
-                f"rl step {step}: {share:.0%} of the answers could not be judged, more than rl.max_unjudged = {self.rl.max_unjudged:g} "
-                f"({trouble}). Mend the verifier, or raise the limit; the same command goes on from the last checkpoint."
+                f"{self.name} step {step}: {share:.0%} of the answers could not be judged, more than {self.name}.max_unjudged = "
+                f"{self.rl.max_unjudged:g} ({trouble}). Mend the verifier, or raise the limit; the same command "
+                "goes on from the last checkpoint."
             )
 
     def documents(self, step: int) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pascaline.recipe import Guard as Rule
+from pascaline.tables import Guard as Rule
 
 LEAST = 64  # steps before a window says anything
 UPPER = 0.95, 1.645  # this quantile of a normal distribution lies so many sigmas above its median

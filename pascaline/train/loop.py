@@ -22,9 +22,9 @@ from pascaline.ledger import Totals
 from pascaline.model import hf
 from pascaline.model.transformer import Model
 from pascaline.progress import Progress
-from pascaline.recipe import Stage
 from pascaline.runs import Metrics, disk_full
 from pascaline.stopping import Interrupt
+from pascaline.tables import Stage
 from pascaline.train import checkpoint, losses, parallel, paths, quarantine, schedule, straggler
 from pascaline.train.guard import Guard, within
 from pascaline.train.optim import Optimizer

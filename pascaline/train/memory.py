@@ -15,7 +15,7 @@ from pascaline.model.attention import QUERY_BLOCK
 from pascaline.model.config import ModelConfig
 from pascaline.model.moe import FEW, SEGMENT
 from pascaline.model.transformer import Model
-from pascaline.recipe import Extend, Pretrain, Sft, Stage
+from pascaline.tables import Extend, Pretrain, Sft, Stage
 from pascaline.train.losses import CHUNK
 from pascaline.train.optim import CHUNK as MUON_CHUNK
 

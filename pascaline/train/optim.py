@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pascaline.model.transformer import Model
-from pascaline.recipe import Optim
+from pascaline.tables import Optim
 from pascaline.train import parallel
 from pascaline.train.parallel import ALONE, Ranks
 

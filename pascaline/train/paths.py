@@ -8,7 +8,7 @@ from pascaline.device import device_name
 from pascaline.model.fp8_linear import lacking, to_fp8_
 from pascaline.model.moe import Experts
 from pascaline.model.transformer import Model
-from pascaline.recipe import Stage
+from pascaline.tables import Stage
 
 
 def take(model: Model, stage: Stage, dtype: torch.dtype, device: torch.device | None = None) -> list[str]:

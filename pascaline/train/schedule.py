@@ -2,7 +2,7 @@
 
 import math
 
-from pascaline.recipe import Optim, Stage
+from pascaline.tables import Optim, Stage
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:

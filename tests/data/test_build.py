@@ -8,7 +8,7 @@ import pytest
 
 from pascaline.data.build import FILTERS, chosen, cleaned
 from pascaline.data.filters import Reason
-from pascaline.recipe import Corpus
+from pascaline.tables import Corpus
 
 NOUNS = ["river", "engine", "garden", "letter", "winter", "market", "teacher", "bridge", "window", "captain", "library", "mountain",
          "kitchen", "orchard", "signal", "harbour"]  # fmt: skip

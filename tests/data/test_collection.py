@@ -11,7 +11,7 @@ from pascaline.data import puzzles
 from pascaline.data.puzzles import Trace
 from pascaline.data.puzzles.families import Family
 from pascaline.errors import BadInput
-from pascaline.recipe import Puzzle
+from pascaline.tables import Puzzle
 
 GSM = "He sells 16 - 3 = <<16-3=13>>13 eggs.\nThat makes 13 * 2 = $<<13*2=26>>26.\n#### 1,026"
 

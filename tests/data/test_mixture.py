@@ -16,7 +16,7 @@ from pascaline.data.filters import Reason
 from pascaline.data.mixture import Share, Spool, missing, wanted
 from pascaline.data.quality import runs
 from pascaline.data.sources import Document
-from pascaline.recipe import Corpus
+from pascaline.tables import Corpus
 
 BAD = "m" * 300  # what the filter `runs` throws away
 

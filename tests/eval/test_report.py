@@ -256,7 +256,7 @@ def test_table() -> None:
         "2.20e13",
     ]
     assert len({len(line) for line in lines[:2]}) == 1 and max(map(len, lines)) <= 110
-    assert text.isascii() and "RL gain: +21.1 points (95% interval +18.0 to +24.2)" in text
+    assert text.isascii() and "gain of rl over sft: +21.1 points (95% interval +18.0 to +24.2)" in text
     assert sum(line.startswith(("sft ", "rl ")) for line in lines) == 8
 
 

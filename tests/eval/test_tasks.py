@@ -8,7 +8,7 @@ from pascaline.engine import Output, Sampling
 from pascaline.errors import BadInput
 from pascaline.eval import passk
 from pascaline.eval.tasks import Result, evaluate, held_out
-from pascaline.recipe import Puzzle
+from pascaline.tables import Puzzle
 
 R, W, A, U = Verdict.RIGHT, Verdict.WRONG, Verdict.ABSTAIN, Verdict.UNJUDGED
 

@@ -16,7 +16,7 @@ from pascaline.errors import BadInput
 from pascaline.model import hf
 from pascaline.model.config import ModelConfig, Rope
 from pascaline.model.transformer import Model
-from pascaline.recipe import Optim
+from pascaline.tables import Optim
 from pascaline.train import losses
 from pascaline.train.optim import Optimizer
 from pascaline.train.qkclip import QKClip

@@ -14,7 +14,8 @@ from pascaline.model import hf
 from pascaline.post import grpo
 from pascaline.post.reference import Reference
 from pascaline.post.rollout import Rollouts, rl_sample
-from pascaline.recipe import ALGORITHMS, load
+from pascaline.recipe import load
+from pascaline.tables import ALGORITHMS
 from pascaline.tokenizer import Tokenizer
 from pascaline.train.losses import Loss, compute, totals
 from pascaline.train.policy import Policy

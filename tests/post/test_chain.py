@@ -114,8 +114,10 @@ def test_every_stage_says_where_it_came_from(tiny_run: Path) -> None:
 def test_pretraining_gets_the_tokens_it_was_promised(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that do not divide a step must not shorten the training."""
     recipe = load(tiny_run / "recipe.toml", {"pretrain.tokens": 10_000, "pretrain.tokens_per_step": 500, "pretrain.sequence_length": 200})
-    monkeypatch.setattr(stages, "_train", lambda run, name, model, source, steps, first: {"steps": steps})
-    assert stages.pretrain(stages.Run(recipe, tiny_run, torch.device("cpu"), torch.float32)) == {"steps": 25}  # of two rows each
+    monkeypatch.setattr(stages, "train", lambda run, name, model, source, steps, first: {"steps": steps})
+    assert stages.pretrain(stages.Run(recipe, tiny_run, torch.device("cpu"), torch.float32), "pretrain") == {
+        "steps": 25
+    }  # of two rows each
 
 
 def test_the_model_loads_here_and_in_transformers(tiny_run: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_stage_at_a_time(coin_run: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == [".lock", "01-corpus", "02-tokenizer", "ledger.jsonl", "recipe.json", "recipe.toml"]
     before = files(out / "01-corpus") | files(out / "02-tokenizer")
     code, said, err = forked.call(tmp_path, "run", COIN, "--out", out, "--stage", "eval")  # the last stage ends the run
-    assert code == 0 and "RL gain" in said, err
+    assert code == 0 and "gain of rl over sft" in said, err
     assert files(out / "01-corpus") | files(out / "02-tokenizer") == before
     assert same(out, coin_run)
 
@@ -239,7 +241,9 @@ def test_the_sinks_of_the_recipe_get_each_training_stage(coin_run: Path, tmp_pat
     (tmp_path / "trackio.py").write_text(TOLD)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sinks, "PATIENCE", 60.0)
-    monkeypatch.setattr(stages, "peak", lambda device, measured: {} if measured else {"float32": 100.0})  # quiet: only what is known
+    monkeypatch.setattr(
+        "pascaline.post.stage.peak", lambda device, measured: {} if measured else {"float32": 100.0}
+    )  # quiet: only what is known
     out = reopened(coin_run, tmp_path / "run", "pretrain")
     chain.run(COIN, out, {"sinks": ["trackio"]}, stage="sft", quiet=True)
     rows = Metrics.read(out / "04-sft" / "metrics.jsonl")

@@ -93,8 +93,8 @@ def test_sft_starts_from_the_longer_model(extended: Path, monkeypatch: pytest.Mo
         assert all(torch.equal(found, expected[key]) for key, found in model.state_dict().items())
         return {"name": name}
 
-    monkeypatch.setattr(stages, "_train", caught)
-    assert stages.sft(stages.Run(load(extended / "recipe.toml"), extended, torch.device("cpu"), torch.float32)) == {"name": "sft"}
+    monkeypatch.setattr(sft, "train", caught)
+    assert sft.sft(stages.Run(load(extended / "recipe.toml"), extended, torch.device("cpu"), torch.float32), "sft") == {"name": "sft"}
 
 
 def test_what_it_says_of_before_and_after(extended: Path) -> None:
@@ -154,12 +154,12 @@ def test_no_batch_holds_a_held_out_document(extended: Path, monkeypatch: pytest.
             met.setdefault(name, set()).update(sample["document"] for batch in loader.documents(step) for sample in batch.values())
         return {"seconds": 0.0, "flops": 0.0}
 
-    monkeypatch.setattr(stages, "_train", caught)
+    monkeypatch.setattr(stages, "train", caught)
     monkeypatch.setattr(extension.Check, "measure", lambda self, name, load: None)
     monkeypatch.setattr(extension.Check, "finish", lambda self, factor: None)
     current = stages.Run(recipe, extended, torch.device("cpu"), torch.float32)
-    stages.pretrain(current)
-    stages.extend(current)
+    stages.pretrain(current, "pretrain")
+    stages.extend(current, "extend")
     everything = set(range(shards.documents))
     assert met == {"pretrain": everything - held_out, "extend": everything - held_out}
     texts = extension.held_out_texts(shards, recipe, 256)

@@ -13,7 +13,7 @@ from pascaline.data.batch import batches
 from pascaline.data.loader import ListSamples, Loader
 from pascaline.errors import BadInput
 from pascaline.post.sft import chat_sample, puzzle_samples
-from pascaline.recipe import Puzzle, Sft
+from pascaline.tables import Puzzle, Sft
 from pascaline.tokenizer import SPECIALS, Tokenizer, train
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss, totals

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trainee import Watched, loader, rows, trainer, weights
 
 from pascaline.errors import BadInput
-from pascaline.recipe import Guard as Rule
+from pascaline.tables import Guard as Rule
 from pascaline.train import checkpoint
 from pascaline.train.guard import LEAST, Guard, limit
 

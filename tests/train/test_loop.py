@@ -23,9 +23,9 @@ from trainee import Watched, loader, model, rows, trainer, weights
 from pascaline.data.batch import Sample, batches
 from pascaline.errors import BadInput
 from pascaline.model import hf
-from pascaline.recipe import Guard
 from pascaline.runs import Metrics, disk_full
 from pascaline.stopping import Interrupt, Stopped
+from pascaline.tables import Guard
 from pascaline.train import checkpoint, loop
 from pascaline.train.loop import Trainer, active_parameters
 from pascaline.train.losses import Loss

@@ -12,8 +12,8 @@ from pascaline.data.loader import ListSamples, Loader
 from pascaline.model.config import ModelConfig
 from pascaline.model.transformer import Model
 from pascaline.progress import Progress
-from pascaline.recipe import Pretrain
 from pascaline.stopping import Interrupt
+from pascaline.tables import Pretrain
 from pascaline.train import memory, parallel
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss

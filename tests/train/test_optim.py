@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import relative_error, tiny_model
 
-from pascaline.recipe import Optim
+from pascaline.tables import Optim
 from pascaline.train.optim import Optimizer, orthogonalise
 
 F32, BF16 = torch.float32, torch.bfloat16

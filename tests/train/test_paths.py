@@ -14,7 +14,7 @@ from pascaline.model.attention import attend, visible, visible_blocks
 from pascaline.model.fp8 import dequantise_blocks, dequantise_rows, quantise_blocks, quantise_rows
 from pascaline.model.fp8_linear import Blocks, Fp8Linear, Rows, lacking, multiply, multiply_by_hardware, to_fp8_
 from pascaline.model.transformer import Model
-from pascaline.recipe import Stage
+from pascaline.tables import Stage
 from pascaline.train import losses, paths
 
 DENSE = dict(model_type="qwen3", num_key_value_heads=1, head_dim=16)

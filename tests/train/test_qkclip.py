@@ -6,7 +6,7 @@ from tiny import relative_error, tiny_model
 from trainee import Watched, loader, rows, trainer, weights
 
 from pascaline.model.attention import LatentAttention, largest_logits, visible
-from pascaline.recipe import Optim
+from pascaline.tables import Optim
 from pascaline.train.optim import Optimizer
 from pascaline.train.qkclip import QKClip
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from trainee import Watched, loader, rows, trainer, weights
 
 from pascaline.errors import BadInput
-from pascaline.recipe import Guard
 from pascaline.stopping import Stopped
+from pascaline.tables import Guard
 from pascaline.train import checkpoint, parallel
 
 STEPS = 12

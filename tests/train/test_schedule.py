@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pascaline.recipe import Optim, Stage
+from pascaline.tables import Optim, Stage
 from pascaline.train.schedule import balance_rate, learning_rate, mtp_weight, ramp
 
 

@@ -11,7 +11,7 @@ from pascaline.data.batch import Batch, Sample
 from pascaline.data.loader import ListSamples, Loader
 from pascaline.model.config import ModelConfig
 from pascaline.model.transformer import Model
-from pascaline.recipe import Stage
+from pascaline.tables import Stage
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
 from pascaline.train.parallel import ALONE, Ranks

@@ -4,16 +4,16 @@ import json
 import random
 from dataclasses import dataclass, replace
 
-from pascaline import recipe
 from pascaline.data import puzzles
 from pascaline.data.puzzles import Problem, Trace, collection
 from pascaline.errors import BadInput
+from pascaline.tables import Puzzle
 
 
 @dataclass(frozen=True)
 class Family:
     name: str
-    table: recipe.Puzzle
+    table: Puzzle
 
     def problems(self, count: int, seed: int, held_out: bool) -> list[Problem]:
         """`count` problems of one side of the split, the same for the same arguments; a longer list begins like a shorter.

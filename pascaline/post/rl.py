@@ -1,0 +1,27 @@
+"""The stage `rl`: what samples, what judges, and how the policy learns from it."""
+
+from typing import Any
+
+from pascaline.engine import Engine
+from pascaline.model import hf
+from pascaline.post.reference import Reference
+from pascaline.post.rollout import Rollouts
+from pascaline.post.stage import Run, train
+from pascaline.tables import Rl
+from pascaline.train.policy import Policy
+
+
+def rl(run: Run, name: str) -> dict[str, Any]:
+    """GRPO on puzzles, rollouts from the engine on the weights being trained; by one rank."""
+    stage: Rl = getattr(run.recipe, name)
+    start = run.origin(name)
+    model = hf.load(start, device=run.device)
+    # The engine holds the same module object as the trainer, so it samples from the newest weights.
+    reference = (
+        Reference(model, start, run.folder(name) / "reference", stage.reference_every, stage.save_every * (stage.keep_last + 1))
+        if stage.kl
+        else None
+    )
+    rollouts = Rollouts(Engine(model, run.tokenizer()), stage, run.recipe.puzzles, run.recipe.seed, reference, name)
+    policy = Policy(stage.ratio, stage.surrogate, stage.clip_low, stage.clip_high, kl=stage.kl, unbiased=stage.unbiased)
+    return train(run, name, model, rollouts, stage.steps, policy=policy)
