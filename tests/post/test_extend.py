@@ -22,7 +22,7 @@ from pascaline.data.shards import Corpus
 from pascaline.engine import Engine
 from pascaline.errors import BadInput
 from pascaline.model import hf
-from pascaline.post import extension, stages
+from pascaline.post import extension, sft, stages
 from pascaline.recipe import load
 from pascaline.runs import Metrics, read_json
 from pascaline.tokenizer import Tokenizer
