@@ -65,9 +65,9 @@ def _show(report: dict[str, Any], out: Path, done: bool) -> None:
     print(table_text(report))
     for i, example in enumerate(report.get("examples", [])):
         print(f"\nHeld-out problem {i + 1}: {example['prompt']}")
-        for when, name in (("before", "before RL"), ("after", "after RL")):
+        for when in (when for when in ("before", "after") if when in example):
             said = example[when]
-            print(f"  {name} [{said['verdict']}]")
+            print(f"  {report['gain'][when]} [{said['verdict']}]")
             thought = printable(said["thought"]).splitlines()
             print("".join(f"    | {line}\n" for line in thought) + f"    = {printable(said['answer']) or '(no answer)'}")
     program = "pascaline" if shutil.which("pascaline") else os.path.relpath(Path(sys.executable).with_name("pascaline"))

@@ -58,6 +58,10 @@ class Recipe(Table):
         """Whether its model gives scores instead of words."""
         return kind(stage) == "prefer" and getattr(self, stage).method == "reward"
 
+    def plain(self, stage: str) -> bool:
+        """Whether its model knows problems as plain text only, as a base model does."""
+        return kind(stage) in ("pretrain", "extend") or getattr(getattr(self, stage), "plain", False)
+
     def before(self, stage: str) -> str | None:
         """The stage whose model this one starts from; None: the folder that the chain starts from, or nothing."""
         if own := getattr(getattr(self, stage), "start", ""):

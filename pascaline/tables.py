@@ -177,6 +177,8 @@ class Rl(Stage):
     reference_every: steps after which the policy becomes the reference of kl, 0: never. refills: times that groups without variance are
     replaced by new ones; overlong: last share of max_tokens in which length costs, up to 1.
 
+    plain: the problems as the corpus writes them, without chat tokens: RL straight from a base model, as R1-Zero's.
+
     mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
     keep up with the policy; 0 leaves them as they are."""
 
@@ -200,6 +202,7 @@ class Rl(Stage):
     wrong_reward: float = Field(0.0, le=0)
     rewards: dict[str, float] = {}
     max_unjudged: float = Field(0.1, ge=0, le=1)
+    plain: bool = False
     guard: Guard = Guard(sigma=0.0, patience=0)  # a policy's loss and norm jump about in good health
 
     @model_validator(mode="before")

@@ -225,7 +225,7 @@ def test_the_report_shows_the_stages_the_examples_and_what_to_do_next(tiny_run: 
     for name in ("corpus", "tokenizer", "pretrain", "sft", "rl", "eval"):
         assert any(line.startswith(name + " ") for line in lines)
     assert sum(line.startswith("Held-out problem") for line in lines) == 3
-    assert sum("before RL [" in line for line in lines) == sum("after RL [" in line for line in lines) == 3
+    assert sum(line.startswith("  sft [") for line in lines) == sum(line.startswith("  rl [") for line in lines) == 3
     following = [line.strip() for line in lines[lines.index("Go on with:") + 1 :]]
     commands, wanted = [line.split(" ", 1) for line in following[:3]], [f"chat {tiny_run}/model", f"report {tiny_run}", "run "]
     for (command, words), start in zip(commands, wanted, strict=True):

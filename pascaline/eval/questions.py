@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pascaline.data import puzzles
-from pascaline.data.puzzles import Problem, Verdict, collection
+from pascaline.data.puzzles import Problem, Verdict, collection, plain
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.engine.request import Request
 from pascaline.errors import BadInput
@@ -101,17 +101,13 @@ def messages(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
 
 
 def plain_prompt(problem: Problem, plan: Plan) -> str:
-    """What a base model goes on from: the problem, and a new line."""
-    return "".join(f"{part}\n" for part in (plan.system, problem.prompt) if part)
+    return "".join(plain.prompt(part) for part in (plan.system, problem.prompt) if part)
 
 
 def read_plain(output: Output) -> Output:
-    """What a base model wrote, as thought and answer: what follows the last "Answer: " that begins a line counts, and without one the
-    thought was never closed."""
-    from pascaline.post.stages import PLAIN_ANSWER  # which loads all of training
-
-    thought, found, answer = output.text.rpartition(f"\n{PLAIN_ANSWER}")
-    return replace(output, text=answer if found else "", reasoning=thought if found else answer)
+    """What a base model wrote, as thought and answer."""
+    thought, answer = plain.split(output.text)
+    return replace(output, text=answer or "", reasoning=thought)
 
 
 # ---- telling ---------------------------------------------------------------------------------------------------------

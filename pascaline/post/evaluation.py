@@ -1,7 +1,7 @@
 """The last stage: every model of the chain on the same held-out problems, and the report of the whole run."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from pascaline.data.puzzles import Problem
-from pascaline.engine import Engine, Output, Sampling
+from pascaline.data.puzzles import plain as written
+from pascaline.engine import Engine, Sampling
 from pascaline.eval import passk, tasks
 from pascaline.eval.questions import read_plain
 from pascaline.ledger import COST, Totals, cost
 from pascaline.model import hf
-from pascaline.post import extension
+from pascaline.post import extension, stagetable
 from pascaline.post.stage import Run
-from pascaline.post.verifiers import Judged, judge
+from pascaline.post.verifiers import judge
 from pascaline.recipe import Recipe
 from pascaline.runs import machine, read_json, versions, write_json
 from pascaline.stopping import Interrupt
@@ -43,21 +44,22 @@ def evaluate(run: Run, name: str) -> dict[str, Any]:
     def piece(model: str, name: str, work: Callable[[Engine], dict[str, Any]]) -> None:
         pieces.append((model, f"{model}-{name}", work))
 
-    base = _base(run.recipe)
-    if base != START:  # a base model of our own reads plain text: it meets chat tokens only in sft
-        piece(base, "plain", lambda engine: _plain(engine, main, plan.temperature, plan.top_p, plan.max_tokens))
-    else:
-        sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, plan.samples, seed=SEED)
-        piece(base, "plain", lambda engine, s=sampling: _protocol(engine, main, s))  # type: ignore[misc]
+    base = _base(run.recipe)  # of our own, it reads plain text: it meets chat tokens only in sft
+    sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, 1 if base != START else plan.samples, seed=SEED)
+    piece(base, "plain", lambda engine, s=sampling: _protocol(engine, main, s, base != START))  # type: ignore[misc]
     for model in run.recipe.talkers:
+        plain = run.recipe.plain(model)
         for temperature, top_p, samples in protocols:
             sampling = Sampling(temperature, top_p, plan.max_tokens, samples, seed=SEED)
-            piece(model, f"t{temperature:g}", lambda engine, s=sampling: _protocol(engine, main, s))  # type: ignore[misc]
+            piece(model, f"t{temperature:g}", lambda engine, s=sampling, plain=plain: _protocol(engine, main, s, plain))  # type: ignore[misc]
         for other in plan.puzzles[1:]:
             sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, 1, seed=SEED)
-            piece(model, other, lambda engine, s=sampling, n=other: _protocol(engine, problems[n], s))  # type: ignore[misc]
+            piece(model, other, lambda engine, s=sampling, n=other, plain=plain: _protocol(engine, problems[n], s, plain))  # type: ignore[misc]
         sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, plan.votes, seed=SEED + 1)
-        piece(model, "votes", lambda engine, s=sampling: _votes(engine, main[: plan.vote_problems], s))  # type: ignore[misc]
+        for i, puzzle in enumerate(plan.puzzles):
+            asked = problems[puzzle][: plan.vote_problems]
+            piece(model, f"{puzzle}-votes" if i else "votes",
+                  lambda engine, s=sampling, p=asked, plain=plain: _votes(engine, p, s, plain, stagetable.judge(run)))  # type: ignore[misc]  # fmt: skip
     return _work(run, pieces)
 
 
@@ -68,8 +70,8 @@ def _base(recipe: Recipe) -> str:
 
 def compared(recipe: Recipe) -> tuple[str | None, str]:
     """The two models whose difference is the chain's gain: the last one that RL made and what it started from, or else the last of all
-    and the talker before it, if there is one."""
-    made = [name for name in recipe.talkers if recipe.before(name) in recipe.talkers]
+    that started from one which can be asked in the same way, if there is one."""
+    made = [name for name in recipe.talkers if recipe.before(name) in recipe.talkers or (recipe.plain(name) and recipe.before(name))]
     after = ([name for name in made if kind(name) == "rl"] or made or [recipe.talkers[-1]])[-1]
     return (recipe.before(after) if after in made else None), after
 
@@ -101,8 +103,20 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
     return {"tokens": stands.tokens}
 
 
-def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling) -> dict[str, Any]:
-    result = tasks.evaluate(engine, problems, sampling)
+def _asked(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool) -> tasks.Result:
+    """The problems put to a model as chats, or as plain text that it goes on from; then what follows "Answer: " counts."""
+    if not plain:
+        return tasks.evaluate(engine, problems, sampling)
+    own = engine.tokenizer
+    assert own is not None
+    outputs = engine.generate([written.prompt_ids(own, p.prompt) for p in problems], sampling)
+    read = [[read_plain(output) for output in group] for group in outputs]
+    judged = judge(problems, read)
+    return tasks.Result(problems, read, judged.verdicts, judged.trouble)
+
+
+def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool) -> dict[str, Any]:
+    result = _asked(engine, problems, sampling, plain)
     examples = [
         {"prompt": p.prompt, "thought": o[0].reasoning or "", "answer": o[0].text, "verdict": v[0].value}
         for p, o, v in zip(problems[:EXAMPLES], result.outputs, result.verdicts, strict=False)
@@ -111,24 +125,11 @@ def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling) -> di
     return {**how, **result.summary(), "by_problem": result.means, "examples": examples}
 
 
-def _votes(engine: Engine, problems: list[Problem], sampling: Sampling) -> dict[str, Any]:
-    result = tasks.evaluate(engine, problems, sampling)
+def _votes(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool, judge: stagetable.Judge | None) -> dict[str, Any]:
+    result = _asked(engine, problems, sampling, plain)
     counts = [k for k in VOTES if k <= sampling.n]
     majority, best = result.votes(counts)
-    return {"k": counts, "majority": majority, "best_of": best, "n": len(problems)}
-
-
-def _plain(engine: Engine, problems: list[Problem], temperature: float, top_p: float, max_tokens: int) -> dict[str, Any]:
-    """The base model continues "problem, newline" as plain text; what follows "Answer: " on the last line counts."""
-    own = engine.tokenizer
-    assert own is not None
-
-    def judged(problems: Sequence[Problem], outputs: Sequence[Sequence[Output]]) -> Judged:
-        return judge(problems, [[read_plain(o) for o in group] for group in outputs])
-
-    sampling = Sampling(temperature, top_p, max_tokens, 1, seed=SEED)
-    result = tasks.evaluate(engine, problems, sampling, judged, lambda p: [*own.prefix, *own.encode(f"{p.prompt}\n")])
-    return result.summary()
+    return {"k": counts, "majority": majority, "best_of": best, "n": len(problems), **stagetable.measured(engine, result, judge)}
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def report(run: Run) -> dict[str, Any]:
         {"model": next(m for m in sorted(order, key=len, reverse=True) if name.startswith(f"{m}-")),
          **{k: v for k, v in part.items() if k not in ("by_problem", "examples", *COST)}}
         for name, part in parts.items()
-        if "temperature" in part
+        if ("temperature" in part and name != f"{base}-plain") or name == f"{START}-plain"
     ]  # fmt: skip
     protocols.sort(key=lambda p: (recipe.eval.puzzles.index(p["puzzle"]), order.index(p["model"]), -p["temperature"]))
     told: dict[str, Any] = {"before": before, "after": after}
@@ -167,6 +168,7 @@ def report(run: Run) -> dict[str, Any]:
     extended = {"extension": read_json(run.folder("extend") / extension.FILE)} if run.recipe.extend else {}
     return {
         **extended, "stages": rows, "protocols": protocols, "gain": told,
+        "table": stagetable.table(recipe, parts, rows),
         "majority": curve("majority"), "best_of": curve("best_of"), "votes_n": votes["n"], "examples": examples,
         "ledger": spent, "seed": run.recipe.seed, "versions": versions(),
         "machine": machine(None if run.device.type == "cpu" else str(run.device)) | {"dtype": str(run.dtype).removeprefix("torch."),

@@ -15,6 +15,7 @@ from pascaline.data.build import cleaned
 from pascaline.data.card import corpus_card, token_card
 from pascaline.data.loader import CorpusSamples
 from pascaline.data.mixture import Share, missing
+from pascaline.data.puzzles import plain
 from pascaline.data.puzzles.families import Family
 from pascaline.data.shards import Corpus, ShardWriter
 from pascaline.errors import BadInput
@@ -99,15 +100,7 @@ def _texts(
         for i, problem in enumerate(family.problems(table.traces, recipe.seed, held_out=False)):
             trace = family.trace(problem, random.Random(f"corpus {recipe.seed} {name} {i}"))
             watch(1)
-            yield plain_text(problem.prompt, trace.thought, trace.answer), f"puzzle:{name}", problem.key
-
-
-PLAIN_ANSWER = "Answer: "
-
-
-def plain_text(prompt: str, thought: str, answer: str) -> str:
-    """A trace as the base model reads it: no chat tokens, those come with sft."""
-    return f"{prompt}\n{thought}\n{PLAIN_ANSWER}{answer}"
+            yield plain.text(problem.prompt, trace.thought, trace.answer), f"puzzle:{name}", problem.key
 
 
 def read_documents(run: Run) -> Iterator[dict[str, str]]:
