@@ -168,8 +168,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 class Rl(Stage):
     """Group-relative policy optimisation. Each step samples `samples` answers to each of `prompts` problems of `puzzles`; wrong_reward is
-    what a false claim earns (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight. An answer that could
-    not be judged is left out of its group; more than a share max_unjudged of them in a step stops the run.
+    what a false claim earns (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight, or an earlier
+    stage's reward model, for which it is the probability that the answer is better than its group's average. An answer that could not be
+    judged is left out of its group; more than a share max_unjudged of them in a step stops the run.
 
     algorithm: a paper's name, which sets the keys that follow (docs/training.md). advantage: reward less the group's mean, over its
     deviation ("std") or not ("mean"), or less the mean of the other answers ("others"). average: over all tokens, over each answer's first

@@ -177,8 +177,10 @@ def _check_puzzles(recipe: Recipe) -> None:
         stage = getattr(recipe, name)
         if kind(name) == "sft" and not stage.data and not any(t.examples for t in recipe.puzzles.values()):
             raise BadInput(f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
-        for verifier in getattr(stage, "rewards", ()):
-            verifiers.get(verifier)
+        earlier = recipe.chain[: recipe.chain.index(name)]
+        for reward in getattr(stage, "rewards", ()):
+            if not (reward in earlier and recipe.judges(reward)):
+                verifiers.get(reward)
 
 
 def _check_family(name: str, table: Puzzle) -> None:
