@@ -1,0 +1,52 @@
+"""The table of a chain: what stands in it, and how it is shown."""
+
+import pytest
+
+from pascaline.eval import chaintable
+from pascaline.post import stagetable
+from pascaline.post.evaluation import compared
+from pascaline.recipe import parse
+
+EVAL = {"puzzles": ["countdown", "chain"], "votes": 32, "vote_problems": 2, "temperature": 0.6}
+RAW = {"chain": ["sft", "rl", "rl-more"], "rl-more": {}, "eval": EVAL}
+
+
+def votes(worth: list[float], tokens: float = 10.0) -> dict:
+    curve = {"k": [1, 2, 4, 8, 16, 32], "majority": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "best_of": [0.1, 0.3, 0.5, 0.7, 0.8, 0.9]}
+    return {**curve, "format": 1.0, "language": 0.5, "mean_tokens": tokens, "worth": worth}
+
+
+def parts() -> dict:
+    found = {}
+    for i, name in enumerate(("sft", "rl", "rl-more")):
+        found |= {f"{name}-t0.6": {"accuracy": 0.1 * (i + 1)}, f"{name}-chain": {"accuracy": 0.2}}
+        found |= {f"{name}-votes": votes([float(i), 1.0]), f"{name}-chain-votes": votes([0.0, 2.0 - i], 30.0)}
+    return found
+
+
+def test_a_row_a_stage_with_wins_against_the_first() -> None:
+    cost = [{"name": name, "seconds": 3.0, "flops": 1e9} for name in ("pretrain", "sft", "rl", "rl-more")]
+    found = stagetable.table(parse(RAW, ""), parts(), cost)
+    assert (found["k"], found["against"], found["judge"]) == (16, "sft", None)
+    first, middle, last = found["rows"]
+    assert "win_rate" not in first and first["puzzles"]["countdown"] == {"pass_1": 0.1, "pass_k": 0.8, "maj_k": 0.5}
+    # rl: more on the first problem, as much on the second; as much on the third, less on the fourth
+    assert middle["win_rate"] == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
+    assert last["stage"] == "rl-more" and last["mean_tokens"] == 20.0 and last["seconds"] == 3.0 and last["win_low"] < last["win_rate"]
+    head, *rows = chaintable.rows(found)
+    assert len(rows) == 3 and all(len(row) == len(head) for row in rows) and rows[0][:2] == ["sft", "10.0 / 80.0 / 50.0"]
+    assert "the verifier finds" in chaintable.note(found) and "that of sft" in chaintable.note(found)
+
+
+def test_one_stage_has_nothing_to_be_compared_with() -> None:
+    assert chaintable.rows({}) == [] and chaintable.rows({"rows": [{}]}) == []
+
+
+def test_the_gain_is_of_the_last_model_that_rl_made() -> None:
+    assert compared(parse({}, "")) == ("sft", "rl")
+    assert compared(parse(RAW, "")) == ("rl", "rl-more")
+    assert compared(parse({**RAW, "rl-more": {"start": "sft"}}, "")) == ("sft", "rl-more")
+    assert compared(parse({"chain": ["sft"]}, "")) == (None, "sft")
+    assert compared(parse({"chain": ["rl"], "rl": {"plain": True}}, "")) == ("pretrain", "rl")
+    student = {"chain": ["sft", "rl", "pretrain-student", "sft-student"], "pretrain-student": {}, "sft-student": {}}
+    assert compared(parse(student, "")) == ("sft", "rl")
