@@ -177,8 +177,19 @@ def _check_puzzles(recipe: Recipe) -> None:
         stage = getattr(recipe, name)
         if kind(name) == "sft" and not stage.data and not any(t.examples for t in recipe.puzzles.values()):
             raise BadInput(f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
-        for verifier in getattr(stage, "rewards", ()):
+        for verifier in (*getattr(stage, "rewards", ()), *getattr(stage, "checks", ())):
             verifiers.get(verifier)
+        _check_reward(recipe, name, getattr(stage, "reward", ""))
+
+
+def _check_reward(recipe: Recipe, name: str, reward: str) -> None:
+    """The reward model that a stage asks must be there by then."""
+    known = [stage for stage in recipe.chain[: recipe.chain.index(name)] if recipe.judges(stage)]
+    if reward and reward not in known:
+        listed = ", ".join(known) or "none"
+        raise BadInput(
+            f"{name}.reward = '{reward}' is no earlier stage [prefer] with method = \"reward\" ({listed}){nearest(reward, known)}"
+        )
 
 
 def _check_family(name: str, table: Puzzle) -> None:

@@ -98,5 +98,5 @@ def record(run: Run, name: str) -> None:
 def needed(recipe: Recipe, name: str) -> list[str]:
     """The earlier stages that a stage of the chain reads from, the one whose model it starts from first."""
     table = getattr(recipe, name)
-    asked = [recipe.before(name), getattr(table, "teacher", ""), *getattr(table, "data", [])]
+    asked = [recipe.before(name), getattr(table, "teacher", ""), getattr(table, "reward", ""), *getattr(table, "data", [])]
     return [stage for stage in dict.fromkeys(asked) if stage in recipe.stages] or ["tokenizer"]
