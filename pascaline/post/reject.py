@@ -40,8 +40,8 @@ Scorer = Callable[[list[list[int]]], Sequence[float]]
 
 @dataclass
 class Answer:
-    """One sampled answer. cut: by max_tokens; closed: not cut off within its thought; exact: its text encodes to the sampled tokens again;
-    refused: the check that it fails; score: the reward model's, if there is one."""
+    """One sampled answer. cut: by max_tokens; closed: there is an answer behind the thought. Of a right one, exact: its text encodes to
+    the sampled tokens again; refused: the check that it fails; score: the reward model's, if there is one."""
 
     thought: str | None
     text: str
@@ -49,14 +49,14 @@ class Answer:
     tokens: int
     cut: bool
     closed: bool
-    exact: bool
+    exact: bool = False
     refused: str = ""
     score: float | None = None
 
     @property
-    def normal(self) -> str:
+    def normal(self) -> tuple[str, ...]:
         """Answer and thought up to white space."""
-        return " ".join(f"{self.text}\0{self.thought or ''}".split())
+        return tuple(" ".join(part.split()) for part in (self.text, self.thought or ""))
 
     @property
     def message(self) -> dict[str, str]:
@@ -97,7 +97,7 @@ def reject(run: Run, name: str) -> dict[str, Any]:
     kept = balanced(accepted, [g.band for g in groups]) if stage.balance else accepted
     pairs = _pairs(groups, accepted)
     origin = run.recipe.before(name) or run.recipe.start
-    facts = {"model": origin, "seed": run.recipe.seed, "asked": stage.prompts, **stage.model_dump(exclude={"start", "prompts"}),
+    facts = {"model": origin, "seed": run.recipe.seed, "asked": stage.prompts, **stage.model_dump(exclude={"start", "prompts", "puzzles"}),
              **reject_card.facts(groups, distinct, accepted, kept), "pairs": len(pairs), "sampled_tokens": stands.tokens,
              "trouble": trouble}  # fmt: skip
     if not facts["kept"]:
@@ -224,15 +224,12 @@ def _part(engine: Engine, score: Scorer | None, stage: Reject, problems: list[Pr
 
 
 def _answer(tokenizer: Tokenizer, prompt: str, output: Output, verdict: Verdict) -> Answer:
-    said, whole = output.text, output.finish_reason == "stop" and closed(output)
-    if output.reasoning is None:
-        again = [*tokenizer.encode(said), tokenizer.end_of_turn]
-    else:
-        again = tokenizer.chat_ids(prompt, output.reasoning, said)[1]
-    cut, exact = output.finish_reason == "length", whole and again == output.token_ids
-    answer = Answer(output.reasoning, said, verdict.value, len(output.token_ids), cut, closed(output), exact)
-    if verdict is Verdict.RIGHT and UNREADABLE in f"{output.reasoning}{said}":
-        answer.refused = "unreadable"
+    said, thought = output.text, output.reasoning
+    answer = Answer(thought, said, verdict.value, len(output.token_ids), output.finish_reason == "length", closed(output))
+    if verdict is Verdict.RIGHT:
+        again = [*tokenizer.encode(said), tokenizer.end_of_turn] if thought is None else tokenizer.chat_ids(prompt, thought, said)[1]
+        answer.exact = again == output.token_ids
+        answer.refused = "unreadable" if UNREADABLE in f"{thought}{said}" else ""
     return answer
 
 
@@ -257,7 +254,7 @@ def _check(check: str, items: list[tuple[Problem, Output, Answer]]) -> str:
 
 def _distinct(answers: Iterable[Answer]) -> list[Answer]:
     """The first of those that are equal up to white space."""
-    first: dict[str, Answer] = {}
+    first: dict[tuple[str, ...], Answer] = {}
     for answer in answers:
         first.setdefault(answer.normal, answer)
     return list(first.values())

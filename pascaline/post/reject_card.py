@@ -14,7 +14,7 @@ BANDS = ("never solved", "up to 25 %", "25 to 50 %", "50 to 75 %", "over 75 %")
 TOLD = {
     "wrong": "wrong",
     "truncated": "of these cut off at max_tokens",
-    "unclosed": "of these without an end of the thought",
+    "unclosed": "of these without an answer behind the thought",
     "abstain": "gave up",
     "unjudged": "could not be judged",
     "right": "right",

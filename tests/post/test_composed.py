@@ -20,15 +20,17 @@ CHAIN = ["sft", "rl", "reject", "sft-restart", "rl-all"]
 PUZZLE = '["coin:puzzle"]'
 RL = {"puzzles": PUZZLE, "prompts": 8, "samples": 4, "max_tokens": 12, "sequence_length": 32, "lr": 4e-3, "schedule": "constant"}
 SFT = {"sequence_length": 64, "tokens_per_step": 1024, "lr": 1e-2, "warmup": 2}
+REJECT = {"puzzles": PUZZLE, "prompts": 96, "samples": 16, "keep": 3, "max_tokens": 12}
+RESTART = {"start": "pretrain", "data": '["reject"]', "examples": "false", "epochs": 3.0}
 SETTINGS = {
     "chain": json.dumps(CHAIN),
     "rl.steps": 4,
-    **{f"reject.{k}": v for k, v in {"puzzles": PUZZLE, "prompts": 96, "samples": 16, "keep": 3, "max_tokens": 12, "balance": "false"}.items()},
-    **{f"sft-restart.{k}": v for k, v in {"start": "pretrain", "data": '["reject"]', "examples": "false", "epochs": 3.0, **SFT}.items()},
+    **{f"reject.{k}": v for k, v in REJECT.items()},
+    **{f"sft-restart.{k}": v for k, v in {**RESTART, **SFT}.items()},
     **{f"rl-all.{k}": v for k, v in {"steps": 3, **RL}.items()},
     "eval.problems": 16,
     "eval.samples": 1,
-}  # fmt: skip
+}
 GIVEN = [text for key, value in SETTINGS.items() for text in ("--set", f"{key}={value}")]
 
 
