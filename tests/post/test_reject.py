@@ -168,7 +168,7 @@ def test_the_chats_are_rendered_as_they_were_sampled(rejected: Any) -> None:
 
 
 def test_checks_must_pass_too(rejected: Any) -> None:
-    said = [("so", "2"), ("so!", "4"), ("hm", "6"), ("", "8"), ("да нет", "0"), ("so!", "1"), ("so", "3"), ("x", "5")]
+    said = [("so", "2"), ("so!", "4"), ("hm", "6"), ("", "8"), ("we can да", "0"), ("so!", "1"), ("so", "3"), ("x", "5")]
     folder, _ = rejected(lambda prompt, i: said[i], checks=["format", "language", f"{__name__}:calm"])
     assert [c["messages"][1]["content"] for c in lines(folder / "chats.jsonl")] == ["2"] * 8
     found = told(folder)
