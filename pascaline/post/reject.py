@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ BANDS = 4  # of solve rates: up to 25 %, 50 %, 75 % and 100 %
 REDRAWS = (1, 2, 4, 8)  # times as many problems are drawn to find enough different ones
 UNREADABLE = "\ufffd"  # bytes that are no text: they would be encoded as something else than what was sampled
 BROKEN = 0.1  # share of answers without a verdict above which it is said on screen
-Scorer = Callable[[list[list[int]]], Sequence[float]]
+Scorer = Callable[[list[list[int]]], Iterable[float]]
 
 
 @dataclass
@@ -189,7 +189,7 @@ def _models(run: Run, name: str, stage: Reject) -> tuple[Engine, Scorer | None]:
         return engine, None
     from pascaline.post.reward import RewardModel
 
-    return engine, RewardModel.load(run.folder(stage.reward)).scores
+    return engine, RewardModel.load(run.folder(stage.reward), run.dtype, run.device).scores
 
 
 def _part(engine: Engine, score: Scorer | None, stage: Reject, problems: list[Problem], seed: int) -> dict[str, Any]:
