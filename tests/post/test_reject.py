@@ -321,20 +321,22 @@ def test_nothing_accepted_is_said_with_advice(rejected: Any) -> None:
     assert "64 right but refused" in strict and "reject.checks" in strict
 
 
-def recipe(**settings: Any) -> Recipe:
+def recipe(folder: Path, **settings: Any) -> Recipe:
+    pair = {"prompt": "Coin 1?", "chosen": "2", "rejected": "3"}
+    (folder / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n{json.dumps({**pair, 'prompt': 'Coin 2?'})}\n")
     given = {f"reject.{key}": value for key, value in settings.items()}
-    more = {"chain": ["sft", "prefer-score", "reject"], "prefer-score.method": "reward", "prefer-score.data": ["pairs.jsonl"]}
-    return load(COIN, {**more, "reject.puzzles": ["coin:puzzle"], **given})
+    score = {"prefer-score.method": "reward", "prefer-score.data": [str(folder / "pairs.jsonl")]}
+    return load(COIN, {"chain": ["sft", "prefer-score", "reject"], **score, "reject.puzzles": ["coin:puzzle"], **given})
 
 
-def test_what_the_stage_asks_must_be_there() -> None:
-    check(recipe(reward="prefer-score", checks=["format"]))
-    assert needed(recipe(reward="prefer-score"), "reject") == ["sft", "prefer-score"]
+def test_what_the_stage_asks_must_be_there(tmp_path: Path) -> None:
+    check(recipe(tmp_path, reward="prefer-score", checks=["format"]))
+    assert needed(recipe(tmp_path, reward="prefer-score"), "reject") == ["sft", "prefer-score"]
     with pytest.raises(BadInput, match=r"reject\.reward = 'prefer-scores' is no earlier stage .*\(prefer-score\); did you mean"):
-        check(recipe(reward="prefer-scores"))
+        check(recipe(tmp_path, reward="prefer-scores"))
     with pytest.raises(BadInput, match=r"reject\.reward = 'sft' is no earlier stage"):
-        check(recipe(reward="sft"))
+        check(recipe(tmp_path, reward="sft"))
     with pytest.raises(BadInput, match="no verifier 'formt'; did you mean 'format'"):
-        check(recipe(checks=["formt"]))
+        check(recipe(tmp_path, checks=["formt"]))
     with pytest.raises(BadInput, match=r"reject\.puzzles = \['chess'\] must name puzzles of the recipe"):
-        check(recipe(puzzles=["chess"]))
+        check(recipe(tmp_path, puzzles=["chess"]))
