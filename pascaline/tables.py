@@ -232,13 +232,20 @@ class Prefer(Stage):
 class Reject(Table):
     """Rejection sampling: `samples` answers to each of `prompts` problems of `puzzles` by the model of stage `start` (the one before, if
     it is not named); what the verifier calls right is kept, at most `keep` different answers a problem. It writes chats to learn from, and
-    pairs of a right and a wrong answer, with a card."""
+    pairs of a right and a wrong answer, with a card (docs/post-training.md).
+
+    reward: an earlier stage [prefer] whose method is "reward"; of a problem's right answers those with its highest scores are kept.
+    checks: verifiers that must also call an answer right ("language", "format"). balance: no band of solve rates (quarters) gives more
+    than an equal share of what was accepted."""
 
     start: str = ""
     puzzles: list[str] = ["countdown"]
     prompts: int = Field(256, ge=1)
     samples: int = Field(8, ge=1)
     keep: int = Field(2, ge=1)
+    balance: bool = True
+    reward: str = ""
+    checks: list[str] = []
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(200, ge=1)

@@ -177,10 +177,16 @@ def _check_puzzles(recipe: Recipe) -> None:
         stage = getattr(recipe, name)
         if kind(name) == "sft" and not stage.data and not any(t.examples for t in recipe.puzzles.values()):
             raise BadInput(f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
-        earlier = recipe.chain[: recipe.chain.index(name)]
-        for reward in getattr(stage, "rewards", ()):
-            if not (reward in earlier and recipe.judges(reward)):
-                verifiers.get(reward)
+        judges = [earlier for earlier in recipe.chain[: recipe.chain.index(name)] if recipe.judges(earlier)]
+        for verifier in (*getattr(stage, "rewards", ()), *getattr(stage, "checks", ())):
+            if verifier not in judges:
+                verifiers.get(verifier)
+        reward = getattr(stage, "reward", "")
+        if reward and reward not in judges:
+            listed = ", ".join(judges) or "none"
+            raise BadInput(
+                f"{name}.reward = '{reward}' is no earlier stage [prefer] with method = \"reward\" ({listed}){nearest(reward, judges)}"
+            )
 
 
 def _check_family(name: str, table: Puzzle) -> None:

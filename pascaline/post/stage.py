@@ -89,7 +89,7 @@ def record(run: Run, name: str) -> None:
     parents: list[Path | str] = [run.folder(stages[stages.index(name) - 1])] if name != stages[0] else []
     if name in run.recipe.chain:
         parents = [run.folder(p) for p in needed(run.recipe, name)]
-    if run.recipe.start and (name == "tokenizer" or (name in run.recipe.models and run.recipe.before(name) is None)):
+    if run.recipe.start and (name == "tokenizer" or (name in (*run.recipe.models, *run.recipe.chain) and run.recipe.before(name) is None)):
         parents.append(run.recipe.start)
     lineage(run.folder(name), parents=parents, seed=run.recipe.seed, cost=stage_cost(run.out, name),
             accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype), stage=name)  # fmt: skip
@@ -98,5 +98,5 @@ def record(run: Run, name: str) -> None:
 def needed(recipe: Recipe, name: str) -> list[str]:
     """The earlier stages that a stage of the chain reads from, the one whose model it starts from first."""
     table = getattr(recipe, name)
-    asked = [recipe.before(name), getattr(table, "teacher", ""), *getattr(table, "data", [])]
+    asked = [recipe.before(name), getattr(table, "teacher", ""), getattr(table, "reward", ""), *getattr(table, "data", [])]
     return [stage for stage in dict.fromkeys(asked) if stage in recipe.stages] or ["tokenizer"]
