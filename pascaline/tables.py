@@ -177,6 +177,9 @@ class Rl(Stage):
     reference_every: steps after which the policy becomes the reference of kl, 0: never. refills: times that groups without variance are
     replaced by new ones; overlong: last share of max_tokens in which length costs, up to 1.
 
+    environment: what the model acts in over several turns, as "calculator", "python" or module:function (docs/post-training.md); max_tokens
+    is then for all turns together. "": it answers at once.
+
     mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
     keep up with the policy; 0 leaves them as they are."""
 
@@ -185,6 +188,7 @@ class Rl(Stage):
     prompts: int = Field(32, ge=1)
     samples: int = Field(16, ge=2)
     max_tokens: int = Field(200, ge=1)
+    environment: str = ""
     algorithm: Literal["", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = ""
     advantage: Literal["std", "mean", "others"] = "std"
     average: Literal["token", "answer", "limit"] = "token"
