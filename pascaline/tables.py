@@ -180,6 +180,9 @@ class Rl(Stage):
 
     plain: the problems as the corpus writes them, without chat tokens: RL straight from a base model, as R1-Zero's.
 
+    environment: what the model acts in over several turns, as "calculator", "python" or module:function (docs/post-training.md); max_tokens
+    is then for all turns together. "": it answers at once.
+
     mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
     keep up with the policy; 0 leaves them as they are."""
 
@@ -188,6 +191,7 @@ class Rl(Stage):
     prompts: int = Field(32, ge=1)
     samples: int = Field(16, ge=2)
     max_tokens: int = Field(200, ge=1)
+    environment: str = ""
     algorithm: Literal["", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = ""
     advantage: Literal["std", "mean", "others"] = "std"
     average: Literal["token", "answer", "limit"] = "token"

@@ -68,15 +68,18 @@ class Engine:
 
     # ---- for a program -----------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[list[Output]]:
-        """For each prompt, sampling.n answers. The same seed gives the same answers whatever else is in the batch. BadInput if a prompt
-        leaves no room in the model's context."""
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None) -> list[list[Output]]:
+        """For each prompt, sampling.n answers. The same seed gives the same answers whatever else is in the batch. Where each prompt has a
+        sampling of its own, its seed counts, not its place. BadInput if a prompt leaves no room in the model's context."""
         if isinstance(prompts, str):
             raise BadInput("generate takes a list of prompts; put this one in brackets.")
         if self.model.device.type == "cpu" and not self.busy:
             native.wait()  # so that an answer does not hang on when the compiler was done
         self._look_at_weights()
-        groups = [self._intake.requests(prompt, sampling or Sampling(), index) for index, prompt in enumerate(prompts)]
+        if sampling is None or isinstance(sampling, Sampling):
+            groups = [self._intake.requests(prompt, sampling or Sampling(), index) for index, prompt in enumerate(prompts)]
+        else:
+            groups = [self._intake.requests(prompt, own, 0) for prompt, own in zip(prompts, sampling, strict=True)]
         for group in groups:
             self.scheduler.add(group)
         mine = [request for group in groups for request in group]

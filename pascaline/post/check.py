@@ -14,7 +14,7 @@ from pascaline.data.sources import documents
 from pascaline.errors import BadInput, nearest
 from pascaline.model.config import ModelConfig
 from pascaline.model.presets import from_recipe
-from pascaline.post import verifiers
+from pascaline.post import environments, verifiers
 from pascaline.recipe import Recipe
 from pascaline.tables import KINDS, Extend, Pretrain, Puzzle, Sft, kind
 from pascaline.tokenizer import BYTES, SPECIALS, Tokenizer
@@ -187,6 +187,8 @@ def _check_puzzles(recipe: Recipe) -> None:
             raise BadInput(
                 f"{name}.reward = '{reward}' is no earlier stage [prefer] with method = \"reward\" ({listed}){nearest(reward, judges)}"
             )
+        if environment := getattr(stage, "environment", ""):
+            environments.get(environment)
 
 
 def _check_family(name: str, table: Puzzle) -> None:

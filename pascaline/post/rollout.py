@@ -15,7 +15,8 @@ from pascaline.data.puzzles import Problem, Verdict
 from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.errors import BadInput
-from pascaline.post import grpo
+from pascaline.post import environments, grpo
+from pascaline.post.environments import episode
 from pascaline.post.reference import Reference
 from pascaline.post.verifiers import judge, scores
 from pascaline.tables import Puzzle, Rl
@@ -82,6 +83,8 @@ class Rollouts:
         assert self.engine.tokenizer is not None
         if self.rl.refills:
             groups, told["refilled"] = self._refilled(step, groups)
+        if self.rl.environment:
+            told["turns"] = float(np.mean([getattr(o, "turns", 1) for group in groups.outputs for o in group]))
         samples = groups.samples(self.rl, self.engine.tokenizer.prompt_ids)
         self.engine.release()  # what is cached is the old weights', and the trainer needs the memory
         spent = self._tokens() - before
@@ -92,8 +95,13 @@ class Rollouts:
 
     def _sampled(self, step: int, refill: int, problems: list[Problem]) -> Groups:
         seed = random.Random(self._seed("sample", step, refill)).getrandbits(48)
-        outputs = self.engine.generate([p.prompt for p in problems], Sampling(1.0, 1.0, self.rl.max_tokens, self.rl.samples, seed=seed))
-        judged = judge(problems, outputs)
+        sampling = Sampling(1.0, 1.0, self.rl.max_tokens, self.rl.samples, seed=seed)
+        if self.rl.environment:
+            outputs = episode.play(self.engine, environments.get(self.rl.environment), problems, sampling)
+            judged = episode.judge(problems, outputs)
+        else:
+            outputs = self.engine.generate([p.prompt for p in problems], sampling)
+            judged = judge(problems, outputs)
         right = np.array([[v is Verdict.RIGHT for v in group] for group in judged.verdicts])
         known = np.array([[v is not Verdict.UNJUDGED for v in group] for group in judged.verdicts])
         cut = np.array([[o.finish_reason == "length" for o in group] for group in outputs])
@@ -150,15 +158,12 @@ class Rollouts:
 
 
 def rl_sample(prompt: list[int], output: Output, advantage: float, weight: float = 1.0) -> Sample:
-    """One answer as a document: weight, advantage and behaviour log-probability on its sampled tokens, nothing on the prompt."""
-    zeros = np.zeros(len(prompt), np.float32)
-    ones = np.ones(len(output.token_ids), np.float32)
-    streams = {
-        "rl": np.concatenate((zeros, ones * weight)),
-        "advantage": np.concatenate((zeros, ones * advantage)),
-        "old_logprob": np.concatenate((zeros, np.array(output.logprobs, np.float32))),
-    }
-    return Sample(np.array(prompt + output.token_ids), streams)
+    """One answer as a document: weight, advantage and behaviour log-probability on its sampled tokens, nothing on what was given."""
+    segments = episode.transcript(prompt, output)
+    said = np.concatenate([np.full(len(s.ids), s.logprobs is not None, np.float32) for s in segments])
+    logprobs = [p for s in segments for p in (s.logprobs if s.logprobs is not None else [0.0] * len(s.ids))]
+    streams = {"rl": said * np.float32(weight), "advantage": said * np.float32(advantage), "old_logprob": np.array(logprobs, np.float32)}
+    return Sample(np.array([token for s in segments for token in s.ids]), streams)
 
 
 def _facts(outputs: list[list[Output]], verdicts: list[list[Verdict]]) -> dict[str, float]:
