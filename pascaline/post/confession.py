@@ -150,12 +150,12 @@ def confess(
 
 
 def _taught(reports: Sequence[Report], group: np.ndarray, right: np.ndarray, weight: float) -> list[Sample]:
-    """The reports of each problem with their advantages. Where all said the same of answers with the same verdict there is nothing to
-    compare, and they carry no gradient."""
+    """The reports of each problem with their advantages. Where all said the same of answers with the same verdict, or all are
+    unclear, there is nothing to compare, and they carry no gradient."""
     samples = []
     for g in np.unique(group):
         own = np.flatnonzero(group == g).tolist()
-        if len({(reports[i].said, bool(right[i])) for i in own}) > 1:
+        if len({(reports[i].said, reports[i].said != UNCLEAR and bool(right[i])) for i in own}) > 1:
             gains = advantages([reports[i].reward(bool(right[i])) for i in own])
             samples += [report_sample(reports[i], weight * float(gain)) for i, gain in zip(own, gains, strict=True)]
     return samples
@@ -198,8 +198,8 @@ def facts(reports: Sequence[Report], right: np.ndarray) -> dict[str, float]:
 
 
 def confession_samples(tables: dict[str, Puzzle], tokenizer: Tokenizer, seed: int, share: float) -> list[Sample]:
-    """For sft: `share` of as many chats as the puzzles have examples, half of them with a right answer and "yes", half with a planted
-    wrong one and "no". `ce` lies on the report alone: no wrong answer is taught."""
+    """For sft: `share` of as many chats as the puzzles have examples. Every second shows the puzzle's own trace, which may be wrong too, and
+    the others a planted wrong one; the report says what the verifier finds. `ce` lies on the report alone: no wrong answer is taught."""
     between, samples = turn(tokenizer), list[Sample]()
     for name, table in tables.items():
         family = Family(name, table)
@@ -208,9 +208,10 @@ def confession_samples(tables: dict[str, Puzzle], tokenizer: Tokenizer, seed: in
         traces = [family.trace(problem, rng) for problem in problems]
         for i, (problem, trace) in enumerate(zip(problems, traces, strict=True)):
             shown = planted(problem, trace, traces[i - 1], rng) if i % 2 else trace
-            if shown is not None:
+            verdict = _verdict(problem, shown)
+            if verdict in (Verdict.RIGHT, Verdict.WRONG):
                 prompt, answer = tokenizer.chat_ids(problem.prompt, shown.thought, shown.answer)
-                samples.append(cold_sample(tokenizer, transcript(tokenizer, between, prompt, answer), right=shown is trace))
+                samples.append(cold_sample(tokenizer, transcript(tokenizer, between, prompt, answer), verdict is Verdict.RIGHT))
     return samples
 
 
@@ -222,23 +223,22 @@ def cold_sample(tokenizer: Tokenizer, ids: list[int], right: bool) -> Sample:
     return Sample(np.array(ids + report), {"ce": weights})
 
 
-def planted(problem: Problem, trace: Trace, other: Trace, rng: random.Random) -> Trace | None:
-    """A wrong answer that could be taken for a right one: another problem's thought and answer, or its own with a digit changed. None
-    where TRIES of them are all right."""
+def planted(problem: Problem, trace: Trace, other: Trace, rng: random.Random) -> Trace:
+    """A wrong answer that could be taken for a right one: another problem's thought and answer, or its own with a digit changed; what it
+    was where TRIES of them are not wrong."""
     for _ in range(TRIES):
+        shown = other
         digits = [i for i, c in enumerate(trace.answer) if c.isdecimal()]
         if digits and rng.random() < 0.5:
             at = rng.choice(digits)
             answer = trace.answer[:at] + rng.choice([d for d in "0123456789" if d != trace.answer[at]]) + trace.answer[at + 1 :]
             shown = Trace(trace.thought.replace(trace.answer, answer), answer)  # or it would be enough to see that the two differ
-        else:
-            shown = other
-        if _wrong(problem, shown):
+        if _verdict(problem, shown) is Verdict.WRONG:
             return shown
-    return None
+    return trace
 
 
-def _wrong(problem: Problem, shown: Trace) -> bool:
+def _verdict(problem: Problem, shown: Trace) -> Verdict:
     from pascaline.engine import Output
 
-    return judge([problem], [[Output([], [], "stop", shown.answer, shown.thought)]]).verdicts[0][0] is Verdict.WRONG
+    return judge([problem], [[Output([], [], "stop", shown.answer, shown.thought)]]).verdicts[0][0]
