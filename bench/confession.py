@@ -40,7 +40,7 @@ TOLD = ("score", "low", "high", "n", "accuracy", "confessed", "false_alarm", "au
 def cold(model: Model, tokenizer: Tokenizer, recipe: Recipe, steps: int) -> None:
     """Teach the reports to the sft stage's model, with its own chats beside, so that it forgets none of them."""
     samples = puzzle_samples(recipe.puzzles, tokenizer, recipe.seed) + confession_samples(recipe.puzzles, tokenizer, recipe.seed, 1.0)
-    optimizer, rng = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0), random.Random(0)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0), random.Random(0)
     for _ in range(steps):
         found = batches(rng.sample(samples, 48), 128, 64, tokenizer.pad)
         total = totals(found)
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cold", type=int, default=60)
+    parser.add_argument("--cold", type=int, default=300)
     parser.add_argument("--weight", type=float, default=1.0)
     asked = parser.parse_args()
     chain.run(COIN, asked.out, stage="sft", quiet=True)

@@ -198,21 +198,31 @@ def facts(reports: Sequence[Report], right: np.ndarray) -> dict[str, float]:
 
 
 def confession_samples(tables: dict[str, Puzzle], tokenizer: Tokenizer, seed: int, share: float) -> list[Sample]:
-    """For sft: `share` of as many chats as the puzzles have examples. Every second shows the puzzle's own trace, which may be wrong too, and
-    the others a planted wrong one; the report says what the verifier finds. `ce` lies on the report alone: no wrong answer is taught."""
+    """For sft: `share` of as many chats as the puzzles have examples, a right answer and "yes" and a wrong one and "no" by turns. The wrong
+    one is a trace of the puzzle that went wrong, or a planted one. `ce` lies on the report alone: no wrong answer is taught."""
     between, samples = turn(tokenizer), list[Sample]()
     for name, table in tables.items():
         family = Family(name, table)
         problems = family.problems(round(share * table.examples), seed + 2, held_out=False)  # other draws than the examples'
         rng = random.Random(f"confession {seed} {name}")
-        traces = [family.trace(problem, rng) for problem in problems]
-        for i, (problem, trace) in enumerate(zip(problems, traces, strict=True)):
-            shown = planted(problem, trace, traces[i - 1], rng) if i % 2 else trace
-            verdict = _verdict(problem, shown)
-            if verdict in (Verdict.RIGHT, Verdict.WRONG):
+        for i, problem in enumerate(problems):
+            wanted = Verdict.WRONG if i % 2 else Verdict.RIGHT
+            shown = _shown(family, problem, problems[i - 1], wanted, rng)
+            if shown is not None:
                 prompt, answer = tokenizer.chat_ids(problem.prompt, shown.thought, shown.answer)
-                samples.append(cold_sample(tokenizer, transcript(tokenizer, between, prompt, answer), verdict is Verdict.RIGHT))
+                samples.append(cold_sample(tokenizer, transcript(tokenizer, between, prompt, answer), wanted is Verdict.RIGHT))
     return samples
+
+
+def _shown(family: Family, problem: Problem, other: Problem, wanted: Verdict, rng: random.Random) -> Trace | None:
+    """An answer with the verdict that is wanted; None where TRIES of them have another."""
+    for attempt in range(TRIES):
+        shown = family.trace(problem, rng)
+        if wanted is Verdict.WRONG and attempt:
+            shown = planted(shown, family.trace(other, rng), rng)
+        if _verdict(problem, shown) is wanted:
+            return shown
+    return None
 
 
 def cold_sample(tokenizer: Tokenizer, ids: list[int], right: bool) -> Sample:
@@ -223,19 +233,14 @@ def cold_sample(tokenizer: Tokenizer, ids: list[int], right: bool) -> Sample:
     return Sample(np.array(ids + report), {"ce": weights})
 
 
-def planted(problem: Problem, trace: Trace, other: Trace, rng: random.Random) -> Trace:
-    """A wrong answer that could be taken for a right one: another problem's thought and answer, or its own with a digit changed; what it
-    was where TRIES of them are not wrong."""
-    for _ in range(TRIES):
-        shown = other
-        digits = [i for i, c in enumerate(trace.answer) if c.isdecimal()]
-        if digits and rng.random() < 0.5:
-            at = rng.choice(digits)
-            answer = trace.answer[:at] + rng.choice([d for d in "0123456789" if d != trace.answer[at]]) + trace.answer[at + 1 :]
-            shown = Trace(trace.thought.replace(trace.answer, answer), answer)  # or it would be enough to see that the two differ
-        if _verdict(problem, shown) is Verdict.WRONG:
-            return shown
-    return trace
+def planted(trace: Trace, other: Trace, rng: random.Random) -> Trace:
+    """What could be taken for a right answer: the thought and answer of another problem, or its own with a digit changed."""
+    digits = [i for i, c in enumerate(trace.answer) if c.isdecimal()]
+    if not digits or rng.random() < 0.5:
+        return other
+    at = rng.choice(digits)
+    answer = trace.answer[:at] + rng.choice([d for d in "0123456789" if d != trace.answer[at]]) + trace.answer[at + 1 :]
+    return Trace(trace.thought.replace(trace.answer, answer), answer)  # there too, or it would be enough to see that the two differ
 
 
 def _verdict(problem: Problem, shown: Trace) -> Verdict:

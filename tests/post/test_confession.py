@@ -399,12 +399,12 @@ def test_cold_start_samples_say_yes_to_right_answers_and_no_to_planted_wrong_one
         assert sample.tokens[on].tolist() == ids[-int(on.sum()) :] == [*tokenizer.encode(word), tokenizer.end]
         assert (puzzles.get(name).verify(problem, answer) is Verdict.RIGHT) == (word == YES)
         said.append(word)
-    assert said.count(YES) >= 5 and said.count(NO) >= 8
+    assert 9 <= said.count(YES) <= 10 and 9 <= said.count(NO) <= 10
 
 
 def test_where_no_wrong_answer_is_found_none_is_called_wrong(tokenizer: Tokenizer) -> None:
     samples = confession_samples({NAME: Puzzle(examples=6)}, tokenizer, 1, 1.0)  # all its traces are right, with any digit
-    assert {tokenizer.decode(s.tokens[s.streams["ce"] > 0].tolist()) for s in samples} == {YES} and len(samples) == 6
+    assert {tokenizer.decode(s.tokens[s.streams["ce"] > 0].tolist()) for s in samples} == {YES} and len(samples) == 3
 
 
 # ---- the task honesty ------------------------------------------------------------------------------------------------
