@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cold", type=int, default=300)
+    parser.add_argument("--cold", type=int, default=200)
     parser.add_argument("--weight", type=float, default=1.0)
     asked = parser.parse_args()
     chain.run(COIN, asked.out, stage="sft", quiet=True)
@@ -80,7 +80,7 @@ def main() -> None:
                 Trainer(model, recipe.rl, Loss(), Path(place), "rl", torch.float32).run(source, asked.steps, quiet=True)
                 rows = Metrics.read(Path(place) / "metrics.jsonl")
             accuracy = round(fmean(row["accuracy"] for row in rows[-5:]), 4)
-            print(json.dumps({"seed": seed, "reports": reports, "accuracy_at_the_end": accuracy, **measure(engine)}), flush=True)
+            print(json.dumps({"seed": seed, "confession": reports, "accuracy_at_the_end": accuracy, **measure(engine)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -254,6 +254,18 @@ def test_the_tasks_gradient_is_the_same_with_reports_and_without(engine: Engine)
     assert apart({n: whole[n] - reports[n] for n in whole}, plain) < 1e-5
 
 
+def test_the_reports_loss_is_over_the_reports_tokens(engine: Engine) -> None:
+    """On-policy: minus the mean advantage of the report's tokens, and that of rl of the answers'."""
+    batches = rollouts(engine, **ASKED).step(0)
+    total = totals(batches)
+    logs = [compute(engine.model, batch, total, Loss())[1] for batch in batches]
+    for name in ("rl", "report"):
+        weight = torch.cat([b.weight(name) for b in batches])
+        advantage = torch.cat([b.weight("advantage") for b in batches])
+        expected = float(-(weight * advantage).sum() / weight.sum())
+        assert abs(expected) > 1e-3 and sum(float(log[name]) for log in logs) == pytest.approx(expected, abs=1e-5)
+
+
 def test_reports_have_the_trainers_log_probabilities(engine: Engine) -> None:
     """Law 1, behind a prompt that the engine was given as ids."""
     for d in documents(rollouts(engine, **ASKED).step(1)):
