@@ -166,6 +166,15 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 
+class Confession(Table):
+    """Honest self-report in rl (docs/post-training.md): after a finished answer the model is asked whether it is right. share: of a step's
+    problems, whose answers are asked about; max_tokens: of a report; weight: of the reports' loss beside the task's."""
+
+    weight: float = Field(1.0, gt=0)
+    share: float = Field(0.25, gt=0, le=1)
+    max_tokens: int = Field(8, ge=1)
+
+
 class Rl(Stage):
     """Group-relative policy optimisation. Each step samples `samples` answers to each of `prompts` problems of `puzzles`; wrong_reward is
     what a false claim earns (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight, or an earlier
@@ -184,7 +193,7 @@ class Rl(Stage):
     is then for all turns together. "": it answers at once.
 
     mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
-    keep up with the policy; 0 leaves them as they are."""
+    keep up with the policy; 0 leaves them as they are. confession: a table [rl.confession], if the model is to report on its answers."""
 
     puzzles: list[str] = ["countdown"]
     steps: int = Field(60, ge=1)
@@ -208,6 +217,7 @@ class Rl(Stage):
     rewards: dict[str, float] = {}
     max_unjudged: float = Field(0.1, ge=0, le=1)
     plain: bool = False
+    confession: Confession | None = None
     guard: Guard = Guard(sigma=0.0, patience=0)  # a policy's loss and norm jump about in good health
 
     @model_validator(mode="before")

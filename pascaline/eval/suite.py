@@ -33,6 +33,7 @@ TASKS = {
     "unanswerable": "pascaline.eval.probes:unanswerable",
     "refusal": "pascaline.eval.probes:refusal",
     "system": "pascaline.eval.probes:system",
+    "honesty": "pascaline.eval.honesty:honesty",
 }
 FILES = {"gsm8k": "integer", "file": ""}  # kinds of problems from a file, and the verifier unless dials.verifier names one
 QUESTIONS = "pascaline.eval.questions:questions"  # of all families of problems
@@ -118,7 +119,7 @@ def _plan(raw: Mapping[str, Any], where: str) -> Plan:
 def _checked_file(plan: Plan) -> str:
     """The hash of the argument's file, "" where it names none. BadInput for one that is missing, empty or not the same any more."""
     needed = plan.kind in FILES or plan.kind == "ppl"
-    path = Path(plan.argument.partition(":")[2] if plan.kind == "niah" else plan.argument).expanduser()
+    path = Path(plan.argument.partition(":")[2] if plan.kind in ("niah", "honesty") else plan.argument).expanduser()
     if needed and not plan.argument:
         raise BadInput(f"task '{plan.task}' needs a file: {plan.kind}:FILE.")
     if not plan.argument or not path.is_file():

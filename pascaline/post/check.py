@@ -15,6 +15,7 @@ from pascaline.errors import BadInput, nearest
 from pascaline.model.config import ModelConfig
 from pascaline.model.presets import from_recipe
 from pascaline.post import environments, verifiers
+from pascaline.post.confession import turn
 from pascaline.recipe import Recipe
 from pascaline.tables import KINDS, Extend, Pretrain, Puzzle, Sft, kind
 from pascaline.tokenizer import BYTES, SPECIALS, Tokenizer
@@ -58,6 +59,10 @@ def _check_positions(recipe: Recipe) -> None:
         elif getattr(stage, "model", None):
             there = model_config(recipe, recipe.tokenizer.vocab_size, stage.model).max_position_embeddings
         positions[name] = there
+        asked = getattr(stage, "confession", None)
+        if asked and stage.max_tokens + asked.max_tokens >= there:
+            raise BadInput(f"{name}.confession: an answer ({name}.max_tokens = {stage.max_tokens}) and a report on it ({asked.max_tokens}) "
+                           f"leave no room in the model's {there} positions; lower {name}.max_tokens.")  # fmt: skip
         if getattr(stage, "sequence_length", 0) > there:
             raise BadInput(f"{name}.sequence_length = {stage.sequence_length} is more than the model's {there} positions.")
 
@@ -148,6 +153,8 @@ def _check_start(recipe: Recipe) -> None:
     if own.vocab_size > config.vocab_size:
         raise BadInput(f"{recipe.start}: the tokenizer has {own.vocab_size} tokens, the model only {config.vocab_size}.")
     own.prompt_ids("?")  # says what is wrong with the template
+    if any(getattr(getattr(recipe, name), "confession", None) for name in recipe.chain):
+        turn(own)  # whether it takes a second question
     _ = own.end, own.end_of_turn
 
 

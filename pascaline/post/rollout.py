@@ -16,6 +16,7 @@ from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.errors import BadInput
 from pascaline.post import environments, grpo
+from pascaline.post.confession import confess
 from pascaline.post.environments import episode
 from pascaline.post.reference import Reference
 from pascaline.post.verifiers import judge, scores
@@ -81,14 +82,15 @@ class Rollouts:
         told |= {"reward": float(groups.reward[known].mean()) if known.any() else 0.0, "unjudged": float(1 - known.mean()),
                  "flat_groups": int(groups.flat.sum())}  # fmt: skip
         assert self.engine.tokenizer is not None
+        reports, more = self._confessed(step, groups)  # of the first draw too: chosen problems have another chance of being right
         if self.rl.refills:
             groups, told["refilled"] = self._refilled(step, groups)
         if self.rl.environment:
             told["turns"] = float(np.mean([getattr(o, "turns", 1) for group in groups.outputs for o in group]))
-        samples = groups.samples(self.rl, self.engine.tokenizer.prompt_ids)
+        samples = groups.samples(self.rl, self.engine.tokenizer.prompt_ids) + reports
         self.engine.release()  # what is cached is the old weights', and the trainer needs the memory
         spent = self._tokens() - before
-        self.facts = {**told, "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token}
+        self.facts = {**told, **more, "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token}
         row = max([self.rl.sequence_length, *(len(s.tokens) for s in samples)])
         found = batches(samples, row, max(self.rl.micro_tokens // row, 1), self.engine.tokenizer.pad)
         return self.reference.compared(found, step) if self.reference else found
@@ -129,6 +131,13 @@ class Rollouts:
             groups = groups.put(fresh)
             added += missing - int(groups.flat.sum())
         return groups, added
+
+    def _confessed(self, step: int, groups: Groups) -> tuple[list[Sample], dict[str, float]]:
+        """What the model says of its own answers, if rl.confession asks for it."""
+        if self.rl.confession is None:
+            return [], {}
+        seed = random.Random(self._seed("confession", step, 0)).getrandbits(48)
+        return confess(self.engine, groups.problems, groups.outputs, groups.verdicts, self.rl.confession, seed)
 
     def _seed(self, what: str, step: int, refill: int) -> str:
         return f"{what} {self.seed} {step}" + f" {refill}" * bool(refill)

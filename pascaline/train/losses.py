@@ -1,4 +1,4 @@
-"""One loss for every stage: ce + rl + kl + mtp + balance + z, each a weighted sum over tokens divided by its own total weight.
+"""One loss for every stage: ce + rl + kl + report + mtp + balance + z, each a weighted sum over tokens divided by its own total weight.
 
 Shapes: B rows, T tokens, m tokens that carry any weight.
 """
@@ -14,7 +14,7 @@ from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
 from pascaline.train.policy import FAR, Policy, distance, policy_loss
 
-WEIGHTS = ("ce", "rl", "kl")
+WEIGHTS = ("ce", "rl", "kl", "report")
 PARTS = (*WEIGHTS, "mtp", "balance", "z")
 CHUNK = 512  # tokens whose logits exist at a time
 
@@ -77,6 +77,12 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     if "kl" in weights:
         apart = distance(logprob, stream("ref_logprob"), log_ratio, rule.policy)
         parts["kl"] = rule.policy.kl * (weights["kl"][keep] * apart).sum() / total["kl"]
+    if "report" in weights:  # as rl, but of tokens that rl has no weight on, and by their own count
+        w_r = weights["report"][keep]
+        loss, _ = policy_loss(
+            logprob, logprob - stream("old_logprob"), stream("advantage"), _answers(batch)[keep], w_r.ne(0).float(), rule.policy
+        )
+        parts["report"] = (w_r * loss).sum() / total["report"]
     if rule.mtp and rule.mtp_stream in weights:
         mtp, mtp_routings = _mtp(model, batch, hidden, total[rule.mtp_stream], rule)
         parts["mtp"] = rule.mtp * mtp
