@@ -167,14 +167,17 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 
 class Rl(Stage):
-    """Group-relative policy optimisation. Each step samples `samples` answers to each of `prompts` problems of `puzzles`; wrong_reward is
-    what a false claim earns (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight. An answer that could
-    not be judged is left out of its group; more than a share max_unjudged of them in a step stops the run.
+    """Group-relative policy optimisation. Each of `steps` rollouts samples `samples` answers to each of `prompts` problems of `puzzles`;
+    wrong_reward is what a false claim earns (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight. An
+    answer that could not be judged is left out of its group; more than a share max_unjudged of them in a rollout stops the run.
+
+    minibatches, epochs: a rollout's answers are shuffled and cut into so many minibatches, each of which makes an optimizer step, and gone
+    over so many times; warmup, save_every and the like count optimizer steps, reference_every rollouts.
 
     algorithm: a paper's name, which sets the keys that follow (docs/training.md). advantage: reward less the group's mean, over its
     deviation ("std") or not ("mean"), or less the mean of the other answers ("others"). average: over all tokens, over each answer's first
     ("answer"), or tokens over max_tokens ("limit"). ratio, surrogate, clip_low, clip_high, kl, unbiased: pascaline/train/policy.py.
-    reference_every: steps after which the policy becomes the reference of kl, 0: never. refills: times that groups without variance are
+    reference_every: rollouts after which the policy becomes the reference of kl, 0: never. refills: times that groups without variance are
     replaced by new ones; overlong: last share of max_tokens in which length costs, up to 1.
 
     mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
@@ -185,6 +188,8 @@ class Rl(Stage):
     prompts: int = Field(32, ge=1)
     samples: int = Field(16, ge=2)
     max_tokens: int = Field(200, ge=1)
+    minibatches: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1)
     algorithm: Literal["", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = ""
     advantage: Literal["std", "mean", "others"] = "std"
     average: Literal["token", "answer", "limit"] = "token"
