@@ -5,7 +5,7 @@ The recipe that holds them: pascaline/recipe.py.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Table(BaseModel):
@@ -180,6 +180,10 @@ class Rl(Stage):
     reference_every: rollouts after which the policy becomes the reference of kl, 0: never. refills: times that groups without variance are
     replaced by new ones; overlong: last share of max_tokens in which length costs, up to 1.
 
+    tis: cap of the weight trainer over engine that each token's loss is multiplied by, 0: no weight; mask_low, mask_high: a token with a
+    weight outside of them teaches nothing, 0: no such end; stale: an answer with a negative advantage whose tokens have become less
+    probable by more than so many nats, in their mean, teaches nothing, 0: all do.
+
     mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
     keep up with the policy; 0 leaves them as they are."""
 
@@ -200,6 +204,10 @@ class Rl(Stage):
     kl: float = Field(0.0, ge=0)
     unbiased: bool = False
     reference_every: int = Field(0, ge=0)
+    tis: float = Field(0.0, ge=0)
+    mask_low: float = Field(0.0, ge=0, lt=1)
+    mask_high: float = Field(0.0, ge=0)
+    stale: float = Field(0.0, ge=0)
     refills: int = Field(0, ge=0)
     overlong: float = Field(0.0, ge=0, lt=1)
     wrong_reward: float = Field(0.0, le=0)
@@ -212,6 +220,13 @@ class Rl(Stage):
     def _named(cls, raw: Any) -> Any:
         algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
         return {**ALGORITHMS.get(algorithm, {}), **raw} if isinstance(algorithm, str) else raw
+
+    @field_validator("tis", "mask_high")
+    @classmethod
+    def _leaves_equal_ones(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError("must be 0 or more than 1, the weight where trainer and engine agree")
+        return value
 
 
 class Prefer(Stage):

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from pascaline.data.batch import Batch, Sample, batches
 from pascaline.errors import BadInput
+from pascaline.post.moment import Moment
 from pascaline.runs import TEMPORARY, atomic_path
 from pascaline.tables import Rl
 from pascaline.train import checkpoint
@@ -25,10 +26,12 @@ class Minibatches:
     """A Source whose step i takes a minibatch of the rollout i // (minibatches epochs), which is that step of the source `rollouts`.
 
     folder: the stage's, with its checkpoints. Its rollouts/N.safetensors is written before the first minibatch of rollout N, and goes
-    when no checkpoint is left that would need it. facts: the rollout's, with its first minibatch alone, so that no cost counts twice.
+    when no checkpoint is left that would need it. moment: what it is shown to before. facts: the rollout's, with its first minibatch
+    alone, so that no cost counts twice.
     """
 
-    def __init__(self, rollouts: Source, rl: Rl, folder: Path, seed: int, pad: int, name: str = "rl"):
+    def __init__(self, rollouts: Source, rl: Rl, folder: Path, seed: int, pad: int, name: str = "rl", moment: Moment | None = None):
+        self.moment = moment if moment and moment.wanted else None
         self.rollouts, self.rl, self.folder, self.seed, self.pad, self.name = rollouts, rl, folder, seed, pad, name
         self.each = rl.minibatches * rl.epochs
         self.facts: dict[str, Any] = {}
@@ -41,6 +44,9 @@ class Minibatches:
         if part == 0:
             found = self.rollouts.step(rollout)
             self.facts = {**self.rollouts.facts}
+            if self.moment:
+                found = self.moment.seen(found)
+                self.facts |= self.moment.facts
             if self.each == 1:
                 return found
             self.at, self.samples = rollout, documents(found)

@@ -5,6 +5,7 @@ from typing import Any
 from pascaline.engine import Engine
 from pascaline.model import hf
 from pascaline.post.minibatches import Minibatches
+from pascaline.post.moment import Moment
 from pascaline.post.reference import Reference
 from pascaline.post.rollout import Rollouts
 from pascaline.post.stage import Run, train
@@ -22,6 +23,6 @@ def rl(run: Run, name: str) -> dict[str, Any]:
     reference = Reference(model, start, run.folder(name) / "reference", stage.reference_every, back) if stage.kl else None
     tokenizer = run.tokenizer()
     rollouts = Rollouts(Engine(model, tokenizer), stage, run.recipe.puzzles, run.recipe.seed, reference, name)
-    source = Minibatches(rollouts, stage, run.folder(name), run.recipe.seed, tokenizer.pad, name)
-    policy = Policy(stage.ratio, stage.surrogate, stage.clip_low, stage.clip_high, kl=stage.kl, unbiased=stage.unbiased)
+    source = Minibatches(rollouts, stage, run.folder(name), run.recipe.seed, tokenizer.pad, name, Moment(model, stage))
+    policy = Policy(stage.ratio, stage.surrogate, stage.clip_low, stage.clip_high, stage.kl, stage.unbiased, stage.stale)
     return train(run, name, model, source, stage.steps * source.each, policy=policy)

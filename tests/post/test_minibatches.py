@@ -275,7 +275,7 @@ def test_the_keys_are_checked() -> None:
 
 def test_the_stage_makes_the_steps_that_its_keys_say(coin_run: Path, tmp_path: Path) -> None:
     """Two rollouts, each of 3 minibatches in 2 epochs, against a reference that is the policy of the second."""
-    settings = {"steps": 2, "minibatches": 3, "epochs": 2, "kl": 0.1, "reference_every": 1, "lr": 0.02}
+    settings = {"steps": 2, "minibatches": 3, "epochs": 2, "kl": 0.1, "reference_every": 1, "lr": 0.02, "tis": 2.0}
     recipe = load(coin_run / "recipe.toml", {f"rl.{key}": value for key, value in settings.items()})
     for stage in ("02-tokenizer", "04-sft"):
         (tmp_path / stage).symlink_to(coin_run / stage)
@@ -287,3 +287,5 @@ def test_the_stage_makes_the_steps_that_its_keys_say(coin_run: Path, tmp_path: P
     assert far[0] < 1e-5 and far[6] < 1e-5 and min(far[1:6]) > 1e-5  # on-policy, until the policy moves
     near = [row["kl"] for row in told]
     assert near[0] == pytest.approx(0, abs=1e-7) and near[6] == pytest.approx(0, abs=1e-7) and near[5] > 1e-6
+    assert [told[i]["engine_gap"] < 1e-4 and told[i]["tis_weight"] == pytest.approx(1, abs=1e-4) for i in (0, 6)] == [True] * 2  # Law 1
+    assert all(row["ratio_max"] >= row["ratio"] for row in told)
