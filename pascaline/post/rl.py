@@ -24,5 +24,5 @@ def rl(run: Run, name: str) -> dict[str, Any]:
     tokenizer = run.tokenizer()
     rollouts = Rollouts(Engine(model, tokenizer), stage, run.recipe.puzzles, run.recipe.seed, reference, name)
     source = Minibatches(rollouts, stage, run.folder(name), run.recipe.seed, tokenizer.pad, name, Moment(model, stage))
-    policy = Policy(stage.ratio, stage.surrogate, stage.clip_low, stage.clip_high, stage.kl, stage.unbiased, stage.stale)
+    policy = Policy(stage.ratio, stage.surrogate, stage.clip_low, stage.clip_high, stage.kl, stage.unbiased, stage.stale, stage.replay)
     return train(run, name, model, source, stage.steps * source.each, policy=policy)

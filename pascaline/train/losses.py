@@ -56,7 +56,10 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     nothing here waits for the device."""
     keep = moved(_counting(batch, total), model.device)
     batch = batch.to(model.device)
-    hidden, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids)
+    routes = batch.streams.get("routes")
+    given = routes if rule.policy.replay else None
+    hidden, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids, routes_BTLK=given)
+    rerouted = None if routes is None else disagreement(routings, routes, batch.document_ids >= 0) / total["tokens"]
     weights = {n: batch.weight(n) for n in WEIGHTS if total.get(n)}
     target = batch.tokens[:, 1:].flatten()[keep]
     kept = hidden[:, :-1].flatten(0, 1).index_select(0, keep)
@@ -98,6 +101,8 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     if routings:
         with torch.no_grad():
             logs["router_entropy"] = torch.stack([router_entropy(routing, real) for routing in routings]) / total["tokens"]
+    if rerouted is not None:
+        logs["rerouted"] = rerouted
     if entropy is not None:
         logs |= {name: (w / total["rl"] * values).sum() for name, values in {"entropy": entropy, **told}.items()}
         logs["ratio_max"] = F.pad(ratio * sampled, (0, 1)).max()  # of no tokens: 0
@@ -197,6 +202,13 @@ def router_entropy(routing: Routing, real_BT: Tensor) -> Tensor:
     scores = routing.logits.sigmoid()
     share = scores / scores.sum(-1, keepdim=True)
     return (torch.special.entr(share).sum(-1) * real_BT.flatten()).sum()  # a mask, not an index: no wait for the device
+
+
+def disagreement(routings: list[Routing], routes_BTLK: Tensor, real_BT: Tensor) -> Tensor:
+    """Share of the layers in which a token's router chooses other experts than are recorded, summed over the tokens that are no padding."""
+    recorded = routes_BTLK.flatten(0, 1).long().unbind(1)
+    differs_Ln = torch.stack([routing.differs(chosen) for routing, chosen in zip(routings, recorded, strict=True)])
+    return (differs_Ln & real_BT.flatten()).sum() / len(routings)
 
 
 def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float, rule: Loss) -> tuple[Tensor, list[Routing]]:

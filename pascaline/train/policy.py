@@ -21,6 +21,7 @@ class Policy:
     surrogate: "clip", -min(r A, clip(r) A) (PPO, arXiv 1707.06347 eq. 7), or "cispo", -sg(clip(r)) A log pi (arXiv 2506.13585 eq. 4),
     in which no token loses its gradient. clip_low, clip_high: the range of r is 1 - clip_low to 1 + clip_high (DAPO, arXiv 2503.14476).
     kl: weight of the distance to the reference, k3 of Schulman's note; unbiased: times r, as V3.2 does. stale: delta of `fresh`, 0: none.
+    replay: the experts that the batch records in `routes` are used, not those that the routers choose now (R3, arXiv 2510.11370).
     """
 
     ratio: Literal["token", "sequence"] = "token"
@@ -30,6 +31,7 @@ class Policy:
     kl: float = 0.0
     unbiased: bool = False
     stale: float = 0.0
+    replay: bool = False
 
 
 def policy_loss(

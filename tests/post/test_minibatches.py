@@ -19,6 +19,7 @@ from pascaline.errors import BadInput
 from pascaline.model.transformer import Model
 from pascaline.post import grpo
 from pascaline.post.minibatches import Minibatches, documents, stored
+from pascaline.post.moment import Moment
 from pascaline.post.rl import rl
 from pascaline.post.stage import Run
 from pascaline.recipe import load
@@ -26,6 +27,7 @@ from pascaline.tables import Rl
 from pascaline.train import checkpoint
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss, compute, totals
+from pascaline.train.policy import Policy
 
 COIN = Path(__file__).parent.parent / "coin.toml"
 ROW, MANY = 24, 10
@@ -86,9 +88,9 @@ def table(**changes: Any) -> Rl:
 def start(folder: Path, crash: int = -1, act: Any = None, **changes: Any) -> tuple[Trainer, Crashing, Fake]:
     keys, model = table(**changes), tiny_model()
     source = Fake(model)
-    minibatches = (act or Crashing)(source, keys, folder, 5, 0)
+    minibatches = (act or Crashing)(source, keys, folder, 5, 0, moment=Moment(model, keys))
     minibatches.crash = crash
-    return Trainer(model, keys, Loss(), folder, "toy", torch.float32), minibatches, source
+    return Trainer(model, keys, Loss(policy=Policy(replay=keys.replay)), folder, "toy", torch.float32), minibatches, source
 
 
 def finish(folder: Path, steps: int = 24, **changes: Any) -> list[int]:
@@ -202,6 +204,19 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout_with_the_same_bits(straight: P
     assert asked == [r for r in range(4) if 6 * r >= before]  # the rollout under way was not sampled again
 
 
+def test_the_trainers_own_view_of_the_rollout_is_kept_too(tmp_path: Path) -> None:
+    """What a forward with the weights of the rollout's moment said, its log-probabilities and experts, cannot be computed again later."""
+    keys = {"tis": 2.0, "replay": True}
+    finish(tmp_path / "whole", 12, **keys)
+    trainer, source, _ = start(tmp_path / "stopped", 10, **keys)
+    with pytest.raises(Crash):
+        trainer.run(source, 12, quiet=True)
+    assert finish(tmp_path / "stopped", 12, **keys) == []
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole") and rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+    told = [row["rerouted"] for row in rows(tmp_path / "whole")]
+    assert told[0] < 0.02 and max(told[1:6]) > 0 and told[6] < 0.02
+
+
 def test_no_more_rollouts_are_kept_than_the_checkpoints_need(tmp_path: Path) -> None:
     most = 0
 
@@ -275,7 +290,7 @@ def test_the_keys_are_checked() -> None:
 
 def test_the_stage_makes_the_steps_that_its_keys_say(coin_run: Path, tmp_path: Path) -> None:
     """Two rollouts, each of 3 minibatches in 2 epochs, against a reference that is the policy of the second."""
-    settings = {"steps": 2, "minibatches": 3, "epochs": 2, "kl": 0.1, "reference_every": 1, "lr": 0.02, "tis": 2.0}
+    settings = {"steps": 2, "minibatches": 3, "epochs": 2, "kl": 0.1, "reference_every": 1, "lr": 0.02, "tis": 2.0, "replay": True}
     recipe = load(coin_run / "recipe.toml", {f"rl.{key}": value for key, value in settings.items()})
     for stage in ("02-tokenizer", "04-sft"):
         (tmp_path / stage).symlink_to(coin_run / stage)
@@ -289,3 +304,4 @@ def test_the_stage_makes_the_steps_that_its_keys_say(coin_run: Path, tmp_path: P
     assert near[0] == pytest.approx(0, abs=1e-7) and near[6] == pytest.approx(0, abs=1e-7) and near[5] > 1e-6
     assert [told[i]["engine_gap"] < 1e-4 and told[i]["tis_weight"] == pytest.approx(1, abs=1e-4) for i in (0, 6)] == [True] * 2  # Law 1
     assert all(row["ratio_max"] >= row["ratio"] for row in told)
+    assert told[0]["rerouted"] < 0.01 and told[6]["rerouted"] < 0.01 and all(0 <= row["rerouted"] < 1 for row in told)
