@@ -5,7 +5,7 @@ The recipe that holds them: pascaline/recipe.py.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Table(BaseModel):
@@ -176,21 +176,29 @@ class Confession(Table):
 
 
 class Rl(Stage):
-    """Group-relative policy optimisation. Each step samples `samples` answers to each of `prompts` problems of `puzzles`; wrong_reward is
-    what a false claim earns (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight, or an earlier
-    stage's reward model, for which it is the probability that the answer is better than its group's average. An answer that could not be
-    judged is left out of its group; more than a share max_unjudged of them in a step stops the run.
+    """Group-relative policy optimisation. Each of `steps` rollouts samples `samples` answers to each of `prompts` problems of `puzzles`;
+    wrong_reward is what a false claim earns (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight, or an
+    earlier stage's reward model, for which it is the probability that the answer is better than its group's average. An answer that could
+    not be judged is left out of its group; more than a share max_unjudged of them in a rollout stops the run.
+
+    minibatches, epochs: a rollout's answers are shuffled and cut into so many minibatches, each of which makes an optimizer step, and gone
+    over so many times; warmup, save_every and the like count optimizer steps, reference_every rollouts.
 
     algorithm: a paper's name, which sets the keys that follow (docs/training.md). advantage: reward less the group's mean, over its
     deviation ("std") or not ("mean"), or less the mean of the other answers ("others"). average: over all tokens, over each answer's first
     ("answer"), or tokens over max_tokens ("limit"). ratio, surrogate, clip_low, clip_high, kl, unbiased: pascaline/train/policy.py.
-    reference_every: steps after which the policy becomes the reference of kl, 0: never. refills: times that groups without variance are
+    reference_every: rollouts after which the policy becomes the reference of kl, 0: never. refills: times that groups without variance are
     replaced by new ones; overlong: last share of max_tokens in which length costs, up to 1.
 
     plain: the problems as the corpus writes them, without chat tokens: RL straight from a base model, as R1-Zero's.
 
     environment: what the model acts in over several turns, as "calculator", "python" or module:function (docs/post-training.md); max_tokens
     is then for all turns together. "": it answers at once.
+
+    tis: cap of the weight trainer over engine that each token's loss is multiplied by, 0: no weight; mask_low, mask_high: a token with a
+    weight outside of them teaches nothing, 0: no such end; stale: an answer with a negative advantage whose tokens have become less
+    probable by more than so many nats, in their mean, teaches nothing, 0: all do. replay: the experts chosen at the rollout's moment are
+    used in its optimizer steps too; watch_routing: only tell how many the routers would choose otherwise.
 
     mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
     keep up with the policy; 0 leaves them as they are. confession: a table [rl.confession], if the model is to report on its answers."""
@@ -201,6 +209,8 @@ class Rl(Stage):
     samples: int = Field(16, ge=2)
     max_tokens: int = Field(200, ge=1)
     environment: str = ""
+    minibatches: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1)
     algorithm: Literal["", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = ""
     advantage: Literal["std", "mean", "others"] = "std"
     average: Literal["token", "answer", "limit"] = "token"
@@ -211,6 +221,12 @@ class Rl(Stage):
     kl: float = Field(0.0, ge=0)
     unbiased: bool = False
     reference_every: int = Field(0, ge=0)
+    tis: float = Field(0.0, ge=0)
+    mask_low: float = Field(0.0, ge=0, lt=1)
+    mask_high: float = Field(0.0, ge=0)
+    stale: float = Field(0.0, ge=0)
+    replay: bool = False
+    watch_routing: bool = False
     refills: int = Field(0, ge=0)
     overlong: float = Field(0.0, ge=0, lt=1)
     wrong_reward: float = Field(0.0, le=0)
@@ -225,6 +241,13 @@ class Rl(Stage):
     def _named(cls, raw: Any) -> Any:
         algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
         return {**ALGORITHMS.get(algorithm, {}), **raw} if isinstance(algorithm, str) else raw
+
+    @field_validator("tis", "mask_high")
+    @classmethod
+    def _leaves_equal_ones(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError("must be 0 or more than 1, the weight where trainer and engine agree")
+        return value
 
 
 class Prefer(Stage):

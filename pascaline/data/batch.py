@@ -2,7 +2,8 @@
 
 A batch carries tokens, positions, document ids and per-token weight streams; whoever fills the streams decides what is learnt
 (`ce` cross-entropy, `rl` policy gradient, `kl` distance to a reference). A stream's value at t belongs to the token at t, which
-is predicted from what stands before it; so the first token of a document never carries weight.
+is predicted from what stands before it; so the first token of a document never carries weight. What has more dimensions than the tokens
+is no weight but a record of them (`routes`, the experts of each layer), and keeps its type.
 
 Shapes: B rows, T tokens a row.
 """
@@ -21,7 +22,7 @@ Streams = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Sample:
-    """One document: tokens [t] and streams, each [t] float32."""
+    """One document: tokens [t] and streams, each [t] float32, or a record [t, ...] of any type."""
 
     tokens: np.ndarray
     streams: Streams
@@ -32,7 +33,7 @@ class Batch:
     tokens: "Tensor"  # [B, T] int64
     positions: "Tensor"  # [B, T] int64, from 0 in each document
     document_ids: "Tensor"  # [B, T] int64, -1 for padding
-    streams: dict[str, "Tensor"] = field(default_factory=dict)  # each [B, T] float32
+    streams: dict[str, "Tensor"] = field(default_factory=dict)  # each [B, T] float32; a record [B, T, ...]
 
     def weight(self, name: str) -> "Tensor":
         """The stream's weights of the targets, the tokens but each row's first: [B * (T - 1)], zeros where the batch has none."""
@@ -85,8 +86,8 @@ def collate(rows: Sequence[Sequence[Sample]], row: int, pad: int) -> Batch:
     tokens = np.full(shape, pad, np.int64)
     positions = np.zeros(shape, np.int64)
     documents = np.full(shape, -1, np.int64)
-    names = sorted({name for samples in rows for s in samples for name in s.streams})
-    streams = {name: np.zeros(shape, np.float32) for name in names}
+    kinds = {name: stream for samples in rows for s in samples for name, stream in s.streams.items()}
+    streams = {name: _room(shape, kinds[name]) for name in sorted(kinds)}
     for b, samples in enumerate(rows):
         at = 0
         for d, sample in enumerate(samples):
@@ -96,9 +97,14 @@ def collate(rows: Sequence[Sequence[Sample]], row: int, pad: int) -> Batch:
             documents[b, span] = d
             for name, stream in sample.streams.items():
                 streams[name][b, span] = stream
-                streams[name][b, span.start] = 0.0  # nothing stands before it in its document
+                if stream.ndim == 1:
+                    streams[name][b, span.start] = 0.0  # nothing stands before it in its document
     numpy_streams = {name: torch.from_numpy(s) for name, s in streams.items()}
     return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(documents), numpy_streams)
+
+
+def _room(shape: tuple[int, int], stream: np.ndarray) -> np.ndarray:
+    return np.zeros((*shape, *stream.shape[1:]), np.float32 if stream.ndim == 1 else stream.dtype)
 
 
 def batches(samples: Sequence[Sample], row: int, rows_per_batch: int, pad: int) -> list[Batch]:

@@ -30,15 +30,22 @@ class MLP(nn.Module):
 
 
 class Routing(NamedTuple):
-    """What a router did: its logits [n, E] (float32, with gradient) and the experts it chose [n, K]."""
+    """What a router did: its logits [n, E] (float32, with gradient) and the experts that were used [n, K], which it chose itself, or
+    which were given to it; then `own` [n, K] are those that it would have chosen."""
 
     logits: Tensor
     chosen: Tensor
+    own: Tensor | None = None
 
     def load(self, real: Tensor | None = None) -> Tensor:
         """How many (token, k) pairs each expert got, [E]; only tokens where `real` (n of them) holds count."""
         one = torch.ones_like(self.chosen) if real is None else real.view(-1, 1).long().expand_as(self.chosen)
         return one.new_zeros(self.logits.shape[-1]).scatter_add_(0, self.chosen.flatten(), one.flatten())  # no wait for the device
+
+    def differs(self, chosen_nK: Tensor) -> Tensor:
+        """Where, [n], the router's own choice is another set of experts than these."""
+        own = self.chosen if self.own is None else self.own
+        return (own.sort(-1).values != chosen_nK.sort(-1).values).any(-1)
 
 
 class Router(nn.Module):
@@ -51,8 +58,9 @@ class Router(nn.Module):
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
-    def forward(self, x_nD: Tensor) -> tuple[Tensor, Routing]:
-        """[n, D] -> weights [n, K] float32, and what was chosen."""
+    def forward(self, x_nD: Tensor, given_nK: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """[n, D] -> weights [n, K] float32, and what was chosen. given_nK: the experts to use in place of its choice (router replay,
+        arXiv 2510.11370); their weights come from the scores all the same."""
         c = self.config
         logits_nE = F.linear(x_nD.float(), self.weight.float())
         scores_nE = logits_nE.sigmoid()
@@ -63,11 +71,12 @@ class Router(nn.Module):
             closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
             # -inf, not 0: a biased score may be negative, and a closed group must still lose to it.
             choice_nE = grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
-        index_nK = choice_nE.topk(c.num_experts_per_tok, -1, sorted=False).indices
+        own_nK = choice_nE.topk(c.num_experts_per_tok, -1, sorted=False).indices
+        index_nK = own_nK if given_nK is None else given_nK
         weight_nK = scores_nE.gather(1, index_nK)
         if c.norm_topk_prob:
             weight_nK = weight_nK / (weight_nK.sum(-1, keepdim=True) + 1e-20)
-        return weight_nK * c.routed_scaling_factor, Routing(logits_nE, index_nK)
+        return weight_nK * c.routed_scaling_factor, Routing(logits_nE, index_nK, None if given_nK is None else own_nK)
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, rate: float, fine: Tensor | None = None) -> None:
@@ -238,14 +247,14 @@ class MoE(nn.Module):
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None, given_BTK: Tensor | None = None) -> tuple[Tensor, Routing]:
         """[B, T, D] -> [B, T, D] and the routing of the B * T tokens.
 
         real_BT: False for padding, whose output does not matter. Alike as it is, it would all go to the same few experts; it is dealt
-        out evenly instead.
+        out evenly instead. given_BTK: the experts to use, see Router.
         """
         x_nD = x_BTD.flatten(0, -2)
-        weight_nK, routing = self.gate(x_nD)
+        weight_nK, routing = self.gate(x_nD, None if given_BTK is None else given_BTK.flatten(0, -2))
         index_nK = routing.chosen
         if real_BT is not None:
             dealt = torch.arange(index_nK.numel(), device=x_nD.device).view_as(index_nK) % len(self.gate.weight)

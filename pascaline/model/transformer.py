@@ -26,13 +26,14 @@ torch.zeros(1).exp_()
 
 @dataclass
 class View:
-    """What every layer of one forward shares: rotary turns, the mask among the new tokens, the cache, and which tokens are no
-    padding (None: all)."""
+    """What every layer of one forward shares: rotary turns, the mask among the new tokens, the cache, which tokens are no padding
+    (None: all), and the experts to use, if they are given."""
 
     turn: Tensor
     mask_BTT: "Tensor | BlockMask | None"
     cache: Cache | None
     real_BT: Tensor | None = None
+    routes_BTLK: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -45,6 +46,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias) if dense else MoE(config)
+        self.expert_layer = layer - config.first_k_dense_replace  # which of those with experts
 
     def forward(self, x_BTD: Tensor, view: View) -> tuple[Tensor, Routing | None]:
         """[B, T, D] -> [B, T, D] and, for an expert layer, how it routed (not where the kernels compute a step of the engine)."""
@@ -52,7 +54,10 @@ class Block(nn.Module):
             return y_BTD, None
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view.turn, view.mask_BTT, view.cache)
         normed = self.post_attention_layernorm(x_BTD)
-        y, routing = self.mlp(normed, view.real_BT) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
+        if not isinstance(self.mlp, MoE):
+            return x_BTD + self.mlp(normed), None
+        given = None if view.routes_BTLK is None else view.routes_BTLK[:, :, self.expert_layer]
+        y, routing = self.mlp(normed, view.real_BT, given)
         return x_BTD + y, routing
 
 
@@ -108,9 +113,12 @@ class Model(nn.Module):
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
+        routes_BTLK: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        """Normed last hidden states [B, T, D], and what the expert layers' routers did."""
+        """Normed last hidden states [B, T, D], and what the expert layers' routers did. routes_BTLK: the K experts that each of these L
+        layers is to use, in place of its routers' choice."""
         view = self.view(tokens_BT, positions_BT, document_ids_BT, cache)
+        view.routes_BTLK = None if routes_BTLK is None else routes_BTLK.long()
         x = self.model.embed_tokens(tokens_BT)
         routings: list[Routing] = []
         layers = list(self.model.layers)[: self.config.num_hidden_layers]

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pascaline.data.batch import Batch
 from pascaline.model import hf
+from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
 from pascaline.train.losses import token_logprobs
 
@@ -30,13 +32,8 @@ class Reference:
         self._at(step)
         found = []
         for batch in batches:
-            device = self.model.device
-            moved = batch.to(device)
-            hidden, _ = self.model.hidden(moved.tokens, moved.positions, moved.document_ids)
-            logprob, *_ = token_logprobs(hidden[:, :-1].flatten(0, 1), self.model.head_weight, moved.tokens[:, 1:].flatten())
-            ref = torch.zeros_like(batch.streams["rl"])
-            ref[:, 1:] = logprob.view(len(ref), -1).to(ref.device)
-            streams = {**batch.streams, "kl": batch.streams["rl"], "ref_logprob": ref * batch.streams["rl"].ne(0)}
+            ref, _ = logprobs(self.model, batch)
+            streams = {**batch.streams, "kl": batch.streams["rl"], "ref_logprob": ref}
             found.append(Batch(batch.tokens, batch.positions, batch.document_ids, streams))
         return found
 
@@ -53,3 +50,14 @@ class Reference:
                     shutil.rmtree(old, ignore_errors=True)
         self.model = hf.load(place if wanted else self.origin, self.policy.dtype, self.policy.device)
         self.step = wanted
+
+
+@torch.no_grad()
+def logprobs(model: Model, batch: Batch) -> tuple[Tensor, list[Routing]]:
+    """The model's log-probability of every token that carries `rl`, 0 elsewhere, [B, T] where the batch is; and how its layers routed."""
+    here = batch.to(model.device)
+    hidden, routings = model.hidden(here.tokens, here.positions, here.document_ids)
+    own, *_ = token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, here.tokens[:, 1:].flatten())
+    found = torch.zeros_like(batch.streams["rl"])
+    found[:, 1:] = own.view(len(found), -1).to(found.device)
+    return found * batch.streams["rl"].ne(0), routings

@@ -4,6 +4,8 @@ from typing import Any
 
 from pascaline.engine import Engine
 from pascaline.model import hf
+from pascaline.post.minibatches import Minibatches
+from pascaline.post.moment import Moment
 from pascaline.post.reference import Reference
 from pascaline.post.rollout import Rollouts
 from pascaline.post.stage import Run, train
@@ -17,11 +19,10 @@ def rl(run: Run, name: str) -> dict[str, Any]:
     start = run.origin(name)
     model = hf.load(start, device=run.device)
     # The engine holds the same module object as the trainer, so it samples from the newest weights.
-    reference = (
-        Reference(model, start, run.folder(name) / "reference", stage.reference_every, stage.save_every * (stage.keep_last + 1))
-        if stage.kl
-        else None
-    )
-    rollouts = Rollouts(Engine(model, run.tokenizer()), stage, run.recipe.puzzles, run.recipe.seed, reference, name)
-    policy = Policy(stage.ratio, stage.surrogate, stage.clip_low, stage.clip_high, kl=stage.kl, unbiased=stage.unbiased)
-    return train(run, name, model, rollouts, stage.steps, policy=policy)
+    back = -(-stage.save_every * (stage.keep_last + 1) // (stage.minibatches * stage.epochs))  # in rollouts, as the reference counts
+    reference = Reference(model, start, run.folder(name) / "reference", stage.reference_every, back) if stage.kl else None
+    tokenizer = run.tokenizer()
+    rollouts = Rollouts(Engine(model, tokenizer), stage, run.recipe.puzzles, run.recipe.seed, reference, name)
+    source = Minibatches(rollouts, stage, run.folder(name), run.recipe.seed, tokenizer.pad, name, Moment(model, stage))
+    policy = Policy(stage.ratio, stage.surrogate, stage.clip_low, stage.clip_high, stage.kl, stage.unbiased, stage.stale, stage.replay)
+    return train(run, name, model, source, stage.steps * source.each, policy=policy)

@@ -160,7 +160,7 @@ class Trainer:
                 loss.backward()
                 self.optimizer.collect()
                 for name, part in {**parts, "load": loads}.items():
-                    values[name] = values[name] + part if name in values else part
+                    values[name] = losses.joined(name, values[name], part) if name in values else part
             row["lr"] = schedule.learning_rate(self.stage, step, steps) * self.guard.slower
             values = self._update(step, steps, row["lr"], limits, values)
         values["asked"] = self.ranks.sum(torch.full((), float(interrupt.requested), device=self.model.device))
@@ -177,9 +177,10 @@ class Trainer:
     def _update(self, step: int, steps: int, lr: float, limits: tuple[float, float], values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum `values` over the ranks and change the weights with the collected gradients, unless they are out of the guard's limits:
         then this changes nothing. The values with what came of it."""
+        largest = {name: self.ranks.max(values.pop(name)) for name in [*values] if name.endswith("_max")}
         flat = self.ranks.sum(torch.cat([value.flatten().float() for value in values.values()]))
         parts = flat.split([value.numel() for value in values.values()])
-        values = {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
+        values = {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)} | largest
         values["loss"] = torch.stack([values[name] for name in losses.PARTS if name in values]).sum()
         values["grad_norm"] = norm = self.optimizer.norm()
         fine = within(limits, values.get("ce"), values["loss"], norm)

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pascaline.data.batch import Batch, moved
 from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
-from pascaline.train.policy import FAR, Policy, distance, policy_loss
+from pascaline.train.policy import FAR, Policy, distance, fresh, policy_loss
 
 WEIGHTS = ("ce", "rl", "kl", "report")
 PARTS = (*WEIGHTS, "mtp", "balance", "z")
@@ -55,7 +56,10 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     nothing here waits for the device."""
     keep = moved(_counting(batch, total), model.device)
     batch = batch.to(model.device)
-    hidden, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids)
+    routes = batch.streams.get("routes")
+    given = routes if rule.policy.replay else None
+    hidden, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids, routes_BTLK=given)
+    rerouted = None if routes is None else disagreement(routings, routes, batch.document_ids >= 0) / total["tokens"]
     weights = {n: batch.weight(n) for n in WEIGHTS if total.get(n)}
     target = batch.tokens[:, 1:].flatten()[keep]
     kept = hidden[:, :-1].flatten(0, 1).index_select(0, keep)
@@ -72,7 +76,15 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     log_ratio = None
     if "rl" in weights:
         w, log_ratio = weights["rl"][keep], logprob - stream("old_logprob")
-        loss, clipped = policy_loss(logprob, log_ratio, stream("advantage"), _answers(batch)[keep], w.ne(0).float(), rule.policy)
+        advantage, answers, sampled = stream("advantage"), _answers(batch)[keep], w.ne(0).float()
+        loss, clipped = policy_loss(logprob, log_ratio, advantage, answers, sampled, rule.policy)
+        # The engine's log-probabilities stand apart where the ratio is to the trainer's own of that moment.
+        gap = (logprob - stream("engine_logprob" if "engine_logprob" in batch.streams else "old_logprob")).detach()
+        ratio = log_ratio.detach().clamp(-FAR, FAR).exp()
+        told = {"clipped": clipped, "mismatch": gap.abs(), "ratio": ratio}
+        if rule.policy.stale:
+            near = fresh(gap, advantage, answers, sampled, rule.policy.stale)
+            loss, told["stale"] = loss * near, 1 - near
         parts["rl"] = (w * loss).sum() / total["rl"]
     if "kl" in weights:
         apart = distance(logprob, stream("ref_logprob"), log_ratio, rule.policy)
@@ -95,14 +107,18 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     if routings:
         with torch.no_grad():
             logs["router_entropy"] = torch.stack([router_entropy(routing, real) for routing in routings]) / total["tokens"]
+    if rerouted is not None:
+        logs["rerouted"] = rerouted
     if entropy is not None:
-        assert log_ratio is not None
-        with torch.no_grad():
-            share = w / total["rl"]
-            told = {"entropy": entropy, "clipped": clipped, "mismatch": log_ratio.abs(), "ratio": log_ratio.clamp(-FAR, FAR).exp()}
-            logs |= {name: (share * values).sum() for name, values in told.items()}
+        logs |= {name: (w / total["rl"] * values).sum() for name, values in {"entropy": entropy, **told}.items()}
+        logs["ratio_max"] = F.pad(ratio * sampled, (0, 1)).max()  # of no tokens: 0
     loads = [routing.load(real) for routing in routings]
     return torch.stack(list(parts.values())).sum(), logs, torch.stack(loads) if loads else torch.zeros(0, model.config.n_routed_experts)
+
+
+def joined(name: str, one: Tensor, other: Tensor) -> Tensor:
+    """What is logged under `name` of two parts of a step: the larger of what ends in _max, the sum of everything else."""
+    return torch.maximum(one, other) if name.endswith("_max") else one + other
 
 
 def _answers(batch: Batch) -> Tensor:
@@ -192,6 +208,13 @@ def router_entropy(routing: Routing, real_BT: Tensor) -> Tensor:
     scores = routing.logits.sigmoid()
     share = scores / scores.sum(-1, keepdim=True)
     return (torch.special.entr(share).sum(-1) * real_BT.flatten()).sum()  # a mask, not an index: no wait for the device
+
+
+def disagreement(routings: list[Routing], routes_BTLK: Tensor, real_BT: Tensor) -> Tensor:
+    """Share of the layers in which a token's router chooses other experts than are recorded, summed over the tokens that are no padding."""
+    recorded = routes_BTLK.flatten(0, 1).long().unbind(1)
+    differs_Ln = torch.stack([routing.differs(chosen) for routing, chosen in zip(routings, recorded, strict=True)])
+    return (differs_Ln & real_BT.flatten()).sum() / len(routings)
 
 
 def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float, rule: Loss) -> tuple[Tensor, list[Routing]]:

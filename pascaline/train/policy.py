@@ -20,7 +20,8 @@ class Policy:
     ratio: of each token, or of the whole answer, exp(mean over its tokens of log_ratio) (GSPO, arXiv 2507.18071 eq. 7).
     surrogate: "clip", -min(r A, clip(r) A) (PPO, arXiv 1707.06347 eq. 7), or "cispo", -sg(clip(r)) A log pi (arXiv 2506.13585 eq. 4),
     in which no token loses its gradient. clip_low, clip_high: the range of r is 1 - clip_low to 1 + clip_high (DAPO, arXiv 2503.14476).
-    kl: weight of the distance to the reference, k3 of Schulman's note; unbiased: times r, as V3.2 does.
+    kl: weight of the distance to the reference, k3 of Schulman's note; unbiased: times r, as V3.2 does. stale: delta of `fresh`, 0: none.
+    replay: the experts that the batch records in `routes` are used, not those that the routers choose now (R3, arXiv 2510.11370).
     """
 
     ratio: Literal["token", "sequence"] = "token"
@@ -29,6 +30,8 @@ class Policy:
     clip_high: float = 0.28
     kl: float = 0.0
     unbiased: bool = False
+    stale: float = 0.0
+    replay: bool = False
 
 
 def policy_loss(
@@ -46,6 +49,26 @@ def policy_loss(
         free, held = r * advantage, bounded * advantage
         loss, clipped = -torch.minimum(free, held), held < free
     return loss, clipped.float()
+
+
+def fresh(gap: Tensor, advantage: Tensor, answer: Tensor, sampled: Tensor, delta: float) -> Tensor:
+    """0 for the tokens, [m], that the policy has moved too far from to learn from as a bad example, 1 for the others: V3.2's mask of
+    off-policy sequences (arXiv 2512.02556 section 3.1), advantage < 0 and the answer's mean of log pi_sampler - log pi above delta.
+
+    gap [m]: log pi - log pi_sampler, whoever's engine sampled."""
+    far = of_answer(-gap.detach(), answer, sampled) > delta
+    return (~(far & (advantage < 0))).float()
+
+
+def corrected(own: Tensor, engine: Tensor, cap: float, low: float, high: float) -> Tensor:
+    """What each token's loss is to be multiplied by, as another engine than the trainer's sampled it; any shape.
+
+    own, engine: their log-probabilities with the weights of that moment; w = exp(own - engine). min(w, cap), truncated importance sampling
+    (Yao et al. 2025; 0: w has no say), and 0 where w is outside low .. high (IcePop, arXiv 2510.18855, masks and multiplies: cap = high;
+    high 0: no upper end)."""
+    w = (own - engine).clamp(-FAR, FAR).exp()
+    inside = (w >= low) & (w <= high) if high else w >= low
+    return (w.clamp(max=cap) if cap else torch.ones_like(w)) * inside
 
 
 def of_answer(values: Tensor, answer: Tensor, sampled: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def test_choices_and_weights_are_the_papers(groups, norm, level, data):
                    routed_scaling_factor=2.5)  # fmt: skip
     found.e_score_correction_bias.copy_(level + 0.5 * randn(E, seed=5))
     x = randn(13, D, seed=7)
-    weight, (_, index) = found(x)
+    weight, (_, index, _) = found(x)
     assert weight.dtype == torch.float32 and index.shape == weight.shape == (13, k)
     for expected, weights, indices in zip(by_hand(found, x), weight.tolist(), index.tolist(), strict=True):
         assert dict(zip(indices, weights, strict=True)) == pytest.approx(expected, rel=1e-4)
@@ -137,7 +137,7 @@ def test_a_closed_group_is_never_chosen_however_negative_the_open_one():
     """With zeros in place of -inf (older transformers, litgpt) the closed group would win here."""
     found = router(n_group=2, topk_group=1, num_experts_per_tok=4)
     found.e_score_correction_bias.copy_(torch.tensor([-5.0] * 4 + [-6.0] * 4))
-    _, (_, index) = found(randn(50, D))
+    _, (_, index, _) = found(randn(50, D))
     assert (index < 4).all()
 
 
@@ -146,7 +146,7 @@ def test_ties_still_choose_k_different_experts(groups):
     found = router(n_group=groups[0], topk_group=groups[1], num_experts_per_tok=3)
     with torch.no_grad():
         found.weight.zero_()
-    weight, (_, index) = found(randn(20, D))
+    weight, (_, index, _) = found(randn(20, D))
     assert all(len(set(row)) == 3 for row in index.tolist())
     assert torch.allclose(weight, torch.full_like(weight, 1 / 3))
     size = E // groups[0]
@@ -166,7 +166,7 @@ def test_the_bias_moves_the_choice_and_not_the_weights():
     x = randn(30, D)
     scores = (x @ found.weight.detach().T).sigmoid()
     found.e_score_correction_bias[5] = 10.0
-    weight, (_, index) = found(x)
+    weight, (_, index, _) = found(x)
     assert (index == 5).all() and torch.allclose(weight, scores[:, 5:6])
     found.e_score_correction_bias[5] = -10.0
     assert not (found(x)[1].chosen == 5).any()
@@ -176,7 +176,7 @@ def test_no_gradient_reaches_the_bias_and_all_scores_chosen_get_one():
     found = router(num_experts_per_tok=3)
     assert "e_score_correction_bias" in dict(found.named_buffers()) and "e_score_correction_bias" not in dict(found.named_parameters())
     found.e_score_correction_bias.requires_grad_()
-    weight, (_, index) = found(0.2 * randn(4, D))
+    weight, (_, index, _) = found(0.2 * randn(4, D))
     (weight * randn(4, 3, seed=3)).sum().backward()
     assert found.e_score_correction_bias.grad is None
     chosen = torch.bincount(index.flatten(), minlength=E) > 0
@@ -186,8 +186,8 @@ def test_no_gradient_reaches_the_bias_and_all_scores_chosen_get_one():
 def test_the_router_scores_in_float32_whatever_comes_in():
     found = router()
     x = randn(40, D).bfloat16()
-    weight, (_, index) = found(x)
-    exact_weight, (_, exact_index) = found(x.float())
+    weight, (_, index, _) = found(x)
+    exact_weight, (_, exact_index, _) = found(x.float())
     assert weight.dtype == torch.float32 and torch.equal(index, exact_index) and torch.equal(weight, exact_weight)
 
 
@@ -213,7 +213,7 @@ def test_the_layer_is_routed_plus_shared_and_counts_its_load(n):
     y, routing = layer(x)
     load = routing.load()
     flat = x.flatten(0, 1)
-    weight, (_, index) = layer.gate(flat)
+    weight, (_, index, _) = layer.gate(flat)
     expected = layer.experts.by_loop(flat, weight, index) + layer.shared_experts(flat)
     assert relative_error(y.flatten(0, 1), expected) < 1e-5
     assert load.tolist() == torch.bincount(index.flatten(), minlength=E).tolist() and load.sum() == 2 * n * K

@@ -11,7 +11,7 @@ from tiny import relative_error, tiny_model
 from pascaline.data.batch import Batch, Sample, collate
 from pascaline.model.moe import Routing
 from pascaline.train import losses
-from pascaline.train.losses import Loss, compute, router_entropy, sequence_balance, token_logprobs, totals
+from pascaline.train.losses import Loss, compute, joined, router_entropy, sequence_balance, token_logprobs, totals
 from pascaline.train.policy import Policy
 
 
@@ -107,8 +107,10 @@ def gradients(model, micro_batches: list[Batch], rule: Loss = RULE):
         loss, parts, loads = compute(model, batch, total, rule)
         loss.backward()
         value += loss.item()
-        logs = {name: logs.get(name, 0.0) + float(part.sum()) for name, part in parts.items()}
+        parts = {name: part.detach().sum() for name, part in parts.items()}
+        logs = {name: joined(name, logs[name], part) if name in logs else part for name, part in parts.items()}
         load = load + loads
+    logs = {name: part.item() for name, part in logs.items()}
     return value, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, logs, load
 
 
