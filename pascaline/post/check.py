@@ -3,10 +3,12 @@
 import importlib.util
 import inspect
 import random
+from collections import deque
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from pascaline.data import puzzles
+from pascaline.data import chats, puzzles
 from pascaline.data.build import FILTERS
 from pascaline.data.puzzles.families import Family
 from pascaline.data.quality import script
@@ -175,10 +177,28 @@ def _check_puzzles(recipe: Recipe) -> None:
         Family(name, recipe.puzzles[name]).problems(recipe.eval.problems, 0, held_out=True)
     for name in recipe.chain:
         stage = getattr(recipe, name)
-        if kind(name) == "sft" and not stage.data and not any(t.examples for t in recipe.puzzles.values()):
-            raise BadInput(f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
+        if kind(name) == "sft":
+            _check_chats(recipe, name)
         for verifier in getattr(stage, "rewards", ()):
             verifiers.get(verifier)
+
+
+def _check_chats(recipe: Recipe, name: str) -> None:
+    """There must be chats, and files whole: a bad line would come up only when the stages before are done."""
+    stage: Sft = getattr(recipe, name)
+    if not stage.data and not (stage.examples and any(t.examples for t in recipe.puzzles.values())):
+        raise BadInput(
+            f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000), or {name}.data."
+        )
+    writers = [other for other in recipe.stages[: recipe.stages.index(name)] if kind(other) == "reject"]
+    for source in stage.data:
+        if source in recipe.stages and source not in writers:
+            raise BadInput(f"{name}.data: '{source}' is no earlier stage that writes chats ({', '.join(writers) or 'there is none'}).")
+        if source not in writers:
+            if not Path(source).exists():
+                near = nearest(source, writers)
+                raise BadInput(f"{name}.data: there is no file '{source}', and no earlier stage of that name{near or '.'}")
+            deque(chats.stream(source), maxlen=0)
 
 
 def _check_family(name: str, table: Puzzle) -> None:
