@@ -36,7 +36,7 @@ class Chat:
 
 
 def read(path: str | Path) -> list[Chat]:
-    """All chats of a .jsonl file with TRL's columns: `messages`, or `prompt` and `completion`. A malformed row is BadInput with its line."""
+    """All chats of a .jsonl file with TRL's columns: `messages`, or `prompt` and `completion`. BadInput names a bad row's line."""
     return list(stream(path))
 
 
@@ -55,6 +55,8 @@ def _chat(row: dict[str, Any], name: str) -> Chat:
     if row.get("tools"):
         raise BadInput(f"{name} has tools, which no chat template is told of here; write them into the system message.")
     if row.get("messages") is not None:
+        if isinstance(row["messages"], str):
+            raise BadInput(f"{name}: messages must be a list, each with role and content.")
         return Chat(conversation(row["messages"], "user", f"{name}: messages"), name)
     if row.get("prompt") is None or row.get("completion") is None:
         raise BadInput(f"{name} needs messages, or prompt and completion, and has {', '.join(row) or 'no column'}.")
