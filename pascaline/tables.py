@@ -90,7 +90,7 @@ class Guard(Table):
 
 class Stage(Optim):
     """What every training stage has. start: the earlier stage whose model it starts from, if not the one before; sequence_length: tokens
-    a row (in sft and rl a longer chat gets longer rows);
+    a row (in rl a longer answer gets longer rows);
     tokens_per_step: tokens in one optimizer step, cut into micro-batches of at most micro_tokens; activation_checkpointing: compute
     each layer again in the backward instead of keeping its activations; compile: each layer by torch.compile; fp8: the layers' linear
     modules in block-scaled fp8 (docs/training.md).
@@ -147,12 +147,16 @@ class Extend(Stage):
 
 
 class Sft(Stage):
-    """Chats. data: files of them, or earlier stages that wrote some; examples: the puzzles' own too."""
+    """Chats (docs/post-training.md). data: .jsonl files of them, or earlier stages that wrote some; examples: the puzzles' own too; roles:
+    whose words are learnt. epochs: how often each chat is seen; tokens: how many are read, padding included, in place of epochs if it is
+    not 0. A chat of more than sequence_length tokens is left out and named in data.json, never cut."""
 
     data: list[str] = []
     examples: bool = True
+    roles: list[Literal["assistant", "user", "system", "tool"]] = Field(["assistant"], min_length=1)
     tokens_per_step: int = Field(4096, ge=8)
     epochs: float = Field(1.0, gt=0)
+    tokens: int = Field(0, ge=0)
 
 
 # What the papers do differently, by name: a key that the recipe gives itself is the recipe's.

@@ -256,8 +256,8 @@ class Tokenizer:
             raise BadInput("this tokenizer has no chat template; put a chat_template.jinja beside its tokenizer.json")
         return compiled(self.template)
 
-    def prompt_ids(self, messages: Messages | str, thinking: bool = True) -> list[int]:
-        """Ids of the conversation (or of one user message) up to where the assistant's turn goes on.
+    def prompt_ids(self, messages: Messages | str, thinking: bool = True, finished: bool = False) -> list[int]:
+        """Ids of the conversation (or of one user message) up to where the assistant's turn goes on; finished: up to its last message.
 
         The same ids as transformers gives, except that special tokens written inside a message stay text.
         """
@@ -265,7 +265,7 @@ class Tokenizer:
             messages = [{"role": "user", "content": messages}]
         said = "\n".join(str(value) for message in messages for value in dict(message).values())
         if not self._special_pattern.search(said):
-            return self.encode(self.render(messages, add_generation_prompt=True, thinking=thinking), special=True)
+            return self.encode(self.render(messages, not finished, thinking), special=True)
         # Break each forged token with a character that occurs nowhere, render, and take the character out again.
         marker = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in said)
         guarded = [
@@ -276,7 +276,7 @@ class Tokenizer:
             for message in messages
         ]
         ids: list[int] = []
-        for piece in self._special_pattern.split(self.render(guarded, add_generation_prompt=True, thinking=thinking)):
+        for piece in self._special_pattern.split(self.render(guarded, not finished, thinking)):
             ids += [self._special[piece]] if piece in self._special else self.encode(piece.replace(marker, ""))
         return ids
 

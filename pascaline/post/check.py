@@ -14,7 +14,8 @@ from pascaline.data.sources import documents
 from pascaline.errors import BadInput, nearest
 from pascaline.model.config import ModelConfig
 from pascaline.model.presets import from_recipe
-from pascaline.post import environments, verifiers
+from pascaline.post import verifiers
+from pascaline.post.check_chain import check_chain
 from pascaline.post.confession import turn
 from pascaline.recipe import Recipe
 from pascaline.tables import KINDS, Extend, Pretrain, Puzzle, Sft, kind
@@ -180,22 +181,7 @@ def _check_puzzles(recipe: Recipe) -> None:
             raise BadInput(f"{where} = {names} must name puzzles of the recipe ({', '.join(recipe.puzzles) or 'it has none'}).")
     for name in recipe.eval.puzzles:  # a space too small for the evaluation must not be found after the training
         Family(name, recipe.puzzles[name]).problems(recipe.eval.problems, 0, held_out=True)
-    for name in recipe.chain:
-        stage = getattr(recipe, name)
-        if kind(name) == "sft" and not stage.data and not any(t.examples for t in recipe.puzzles.values()):
-            raise BadInput(f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
-        judges = [earlier for earlier in recipe.chain[: recipe.chain.index(name)] if recipe.judges(earlier)]
-        for verifier in (*getattr(stage, "rewards", ()), *getattr(stage, "checks", ())):
-            if verifier not in judges:
-                verifiers.get(verifier)
-        reward = getattr(stage, "reward", "")
-        if reward and reward not in judges:
-            listed = ", ".join(judges) or "none"
-            raise BadInput(
-                f"{name}.reward = '{reward}' is no earlier stage [prefer] with method = \"reward\" ({listed}){nearest(reward, judges)}"
-            )
-        if environment := getattr(stage, "environment", ""):
-            environments.get(environment)
+    check_chain(recipe)
 
 
 def _check_family(name: str, table: Puzzle) -> None:

@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def row(self) -> int:
-        """Tokens a row; in sft and rl a longer chat makes longer rows."""
+        """Tokens a row; in rl a longer answer makes longer rows."""
         longer = self.stage.length if isinstance(self.stage, Extend) else 0
         return self.stage.sequence_length or longer
 

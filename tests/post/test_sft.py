@@ -9,14 +9,24 @@ import torch
 from tiny import tiny_model
 
 from pascaline.data import puzzles
-from pascaline.data.batch import batches
+from pascaline.data.batch import Sample, batches
+from pascaline.data.chats import documents
 from pascaline.data.loader import ListSamples, Loader
 from pascaline.errors import BadInput
-from pascaline.post.sft import chat_sample, puzzle_samples
+from pascaline.post.sft import puzzle_chats
 from pascaline.tables import Puzzle, Sft
 from pascaline.tokenizer import SPECIALS, Tokenizer, train
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss, totals
+
+
+def chat_sample(prompt: list[int], completion: list[int]) -> Sample:
+    return Sample(np.array(prompt + completion), {"ce": np.array([0.0] * len(prompt) + [1.0] * len(completion), np.float32)})
+
+
+def puzzle_samples(tables: dict[str, Puzzle], tokenizer: Tokenizer, seed: int) -> list[Sample]:
+    return [sample for chat in puzzle_chats(tables, seed) for sample in documents(chat, tokenizer, ["assistant"])]
+
 
 TABLES = {"countdown": Puzzle(examples=20, quality={"attempts": 3}), "chain": Puzzle(examples=10)}
 

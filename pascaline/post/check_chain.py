@@ -1,0 +1,47 @@
+"""What the stages of a chain ask for that cannot work, said before anything starts. Imports no torch."""
+
+from collections import deque
+from pathlib import Path
+
+from pascaline.data import chats
+from pascaline.errors import BadInput, nearest
+from pascaline.post import environments, verifiers
+from pascaline.recipe import Recipe
+from pascaline.tables import Sft, kind
+
+
+def check_chain(recipe: Recipe) -> None:
+    """Every file, earlier stage, verifier and environment that a stage names must be there by then (BadInput)."""
+    for name in recipe.chain:
+        stage = getattr(recipe, name)
+        if kind(name) == "sft":
+            _check_chats(recipe, name)
+        judges = [earlier for earlier in recipe.chain[: recipe.chain.index(name)] if recipe.judges(earlier)]
+        for verifier in (*getattr(stage, "rewards", ()), *getattr(stage, "checks", ())):
+            if verifier not in judges:
+                verifiers.get(verifier)
+        reward = getattr(stage, "reward", "")
+        if reward and reward not in judges:
+            listed = ", ".join(judges) or "none"
+            raise BadInput(
+                f"{name}.reward = '{reward}' is no earlier stage [prefer] with method = \"reward\" ({listed}){nearest(reward, judges)}"
+            )
+        if environment := getattr(stage, "environment", ""):
+            environments.get(environment)
+
+
+def _check_chats(recipe: Recipe, name: str) -> None:
+    """There must be chats, and files whole: a bad line would come up only when the stages before are done."""
+    stage: Sft = getattr(recipe, name)
+    if not stage.data and not (stage.examples and any(t.examples for t in recipe.puzzles.values())):
+        raise BadInput(f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000), or name files "
+                       f"in {name}.data.")  # fmt: skip
+    writers = [other for other in recipe.stages[: recipe.stages.index(name)] if kind(other) == "reject"]
+    for source in stage.data:
+        if source in recipe.stages and source not in writers:
+            raise BadInput(f"{name}.data: '{source}' is no earlier stage that writes chats ({', '.join(writers) or 'there is none'}).")
+        if source not in writers:
+            if not Path(source).exists():
+                near = nearest(source, writers)
+                raise BadInput(f"{name}.data: there is no file '{source}', and no earlier stage of that name{near or '.'}")
+            deque(chats.stream(source), maxlen=0)
