@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import torch
+
 from pascaline.engine import Engine
 from pascaline.model import hf
+from pascaline.post.alarms import Alarms
+from pascaline.post.instruments import TRACES, Traces
 from pascaline.post.reference import Reference
 from pascaline.post.rollout import Rollouts
 from pascaline.post.stage import Run, train
@@ -23,5 +27,6 @@ def rl(run: Run, name: str) -> dict[str, Any]:
         else None
     )
     rollouts = Rollouts(Engine(model, run.tokenizer()), stage, run.recipe.puzzles, run.recipe.seed, reference, name)
+    rollouts.traces = Traces(run.folder(name) / TRACES, stage.steps)
     policy = Policy(stage.ratio, stage.surrogate, stage.clip_low, stage.clip_high, kl=stage.kl, unbiased=stage.unbiased)
-    return train(run, name, model, rollouts, stage.steps, policy=policy)
+    return train(run, name, model, rollouts, stage.steps, policy=policy, watch=Alarms(name, stage, run.dtype == torch.float32))

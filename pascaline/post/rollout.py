@@ -15,7 +15,7 @@ from pascaline.data.puzzles import Problem, Verdict
 from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.errors import BadInput
-from pascaline.post import grpo
+from pascaline.post import grpo, instruments
 from pascaline.post.reference import Reference
 from pascaline.post.verifiers import judge, scores
 from pascaline.tables import Puzzle, Rl
@@ -60,6 +60,8 @@ class Rollouts:
 
     def __init__(self, engine: Engine, rl: Rl, tables: dict[str, Puzzle], seed: int, reference: Reference | None = None, name: str = "rl"):
         self.engine, self.rl, self.tables, self.seed, self.reference, self.name = engine, rl, tables, seed, reference, name
+        self.clock = instruments.Clock()
+        self.traces: instruments.Traces | None = None
         self.facts: dict[str, Any] = {}
         self.flops_per_token = 2.0 * active_parameters(engine.model)
 
@@ -75,32 +77,37 @@ class Rollouts:
     def step(self, step: int) -> list[Batch]:
         before = self._tokens()
         groups = self._sampled(step, 0, self.problems(step))
-        told = _facts(groups.outputs, groups.verdicts)  # of the first draw: refills are chosen ones
-        known = groups.known
-        told |= {"reward": float(groups.reward[known].mean()) if known.any() else 0.0, "unjudged": float(1 - known.mean()),
-                 "flat_groups": int(groups.flat.sum())}  # fmt: skip
+        told = instruments.facts(groups.outputs, groups.verdicts, groups.reward, groups.known, groups.flat)  # refills are chosen ones
+        if self.traces:
+            self.traces.keep(step, groups.problems, groups.outputs, groups.verdicts, groups.reward, groups.flat)
         assert self.engine.tokenizer is not None
         if self.rl.refills:
             groups, told["refilled"] = self._refilled(step, groups)
         samples = groups.samples(self.rl, self.engine.tokenizer.prompt_ids)
         self.engine.release()  # what is cached is the old weights', and the trainer needs the memory
         spent = self._tokens() - before
-        self.facts = {**told, "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token}
         row = max([self.rl.sequence_length, *(len(s.tokens) for s in samples)])
         found = batches(samples, row, max(self.rl.micro_tokens // row, 1), self.engine.tokenizer.pad)
-        return self.reference.compared(found, step) if self.reference else found
+        with self.clock("update"):
+            found = self.reference.compared(found, step) if self.reference else found
+        self.facts = {**told, "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token, **self.clock.taken()}
+        return found
 
     def _sampled(self, step: int, refill: int, problems: list[Problem]) -> Groups:
         seed = random.Random(self._seed("sample", step, refill)).getrandbits(48)
-        outputs = self.engine.generate([p.prompt for p in problems], Sampling(1.0, 1.0, self.rl.max_tokens, self.rl.samples, seed=seed))
-        judged = judge(problems, outputs)
+        sampling = Sampling(1.0, 1.0, self.rl.max_tokens, self.rl.samples, seed=seed)
+        with self.clock("rollout"):
+            outputs = self.engine.generate([p.prompt for p in problems], sampling)
+        with self.clock("verify"):
+            judged = judge(problems, outputs)
         right = np.array([[v is Verdict.RIGHT for v in group] for group in judged.verdicts])
         known = np.array([[v is not Verdict.UNJUDGED for v in group] for group in judged.verdicts])
         cut = np.array([[o.finish_reason == "length" for o in group] for group in outputs])
         lengths = np.array([[len(o.token_ids) for o in group] for group in outputs])
         reward = grpo.rewards(judged.verdicts, cut, self.rl.wrong_reward) + grpo.overlong(lengths, self.rl.max_tokens, self.rl.overlong)
         for name, weight in self.rl.rewards.items():
-            score, why = self._scores(name, problems, outputs)
+            with self.clock("verify"):
+                score, why = self._scores(name, problems, outputs)
             known &= ~np.isnan(score)
             reward += weight * np.nan_to_num(score)
             judged.trouble = judged.trouble or why
@@ -159,16 +166,3 @@ def rl_sample(prompt: list[int], output: Output, advantage: float, weight: float
         "old_logprob": np.concatenate((zeros, np.array(output.logprobs, np.float32))),
     }
     return Sample(np.array(prompt + output.token_ids), streams)
-
-
-def _facts(outputs: list[list[Output]], verdicts: list[list[Verdict]]) -> dict[str, float]:
-    """Shares over all answers of a step; a truncated answer counts as wrong but not as a false claim."""
-    flat = [(o, v) for group, row in zip(outputs, verdicts, strict=True) for o, v in zip(group, row, strict=True)]
-    cut = [o.finish_reason == "length" for o, _ in flat]
-    return {
-        "accuracy": float(np.mean([v is Verdict.RIGHT for _, v in flat])),
-        "abstain": float(np.mean([v is Verdict.ABSTAIN for _, v in flat])),
-        "truncated": float(np.mean(cut)),
-        "false_claim": float(np.mean([v is Verdict.WRONG and not c for (_, v), c in zip(flat, cut, strict=True)])),
-        "response_tokens": float(np.mean([len(o.token_ids) for o, _ in flat])),
-    }

@@ -51,8 +51,8 @@ def totals(batches: Iterable[Batch]) -> dict[str, float]:
 
 def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """This micro-batch's share of the step's loss (a scalar with gradient), detached parts to log (shares that add up over the
-    micro-batches), and expert loads [L, E] with the MTP modules' routers last. The batch may still lie in the host's memory: then
-    nothing here waits for the device."""
+    micro-batches; of NAME_max the largest counts), and expert loads [L, E] with the MTP modules' routers last. The batch may still lie in
+    the host's memory: then nothing here waits for the device."""
     keep = moved(_counting(batch, total), model.device)
     batch = batch.to(model.device)
     hidden, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids)
@@ -75,8 +75,8 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
         loss, clipped = policy_loss(logprob, log_ratio, stream("advantage"), _answers(batch)[keep], w.ne(0).float(), rule.policy)
         parts["rl"] = (w * loss).sum() / total["rl"]
     if "kl" in weights:
-        apart = distance(logprob, stream("ref_logprob"), log_ratio, rule.policy)
-        parts["kl"] = rule.policy.kl * (weights["kl"][keep] * apart).sum() / total["kl"]
+        apart = (weights["kl"][keep] * distance(logprob, stream("ref_logprob"), log_ratio, rule.policy)).sum() / total["kl"]
+        parts["kl"] = rule.policy.kl * apart
     if rule.mtp and rule.mtp_stream in weights:
         mtp, mtp_routings = _mtp(model, batch, hidden, total[rule.mtp_stream], rule)
         parts["mtp"] = rule.mtp * mtp
@@ -86,6 +86,8 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
         shares = [sequence_balance(routing, real) for routing in routings]
         parts["balance"] = rule.balance * torch.stack(shares).sum() / total["tokens"]
     logs = {name: part.detach() for name, part in parts.items()}
+    if "kl" in parts:
+        logs["reference_kl"] = apart.detach()
     if routings:
         with torch.no_grad():
             logs["router_entropy"] = torch.stack([router_entropy(routing, real) for routing in routings]) / total["tokens"]
@@ -95,8 +97,14 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
             share = w / total["rl"]
             told = {"entropy": entropy, "clipped": clipped, "mismatch": log_ratio.abs(), "ratio": log_ratio.clamp(-FAR, FAR).exp()}
             logs |= {name: (share * values).sum() for name, values in told.items()}
+            logs["gap_max"] = _largest(log_ratio.abs() * w.ne(0))
     loads = [routing.load(real) for routing in routings]
     return torch.stack(list(parts.values())).sum(), logs, torch.stack(loads) if loads else torch.zeros(0, model.config.n_routed_experts)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """0 for none: a micro-batch may have no token that counts."""
+    return torch.cat((values, values.new_zeros(1))).amax()
 
 
 def _answers(batch: Batch) -> Tensor:
