@@ -128,8 +128,8 @@ def _gap(rows: Rows, limit: float) -> str:
         return ""
     return (
         f"the trainer's log-probability of a sampled token is {worst:.2g} from the engine's, more than {limit:g}: they are no longer one "
-        "model, and the gradient is of another policy than the one that sampled. Try dtype = 'float32'; if it stays, please report it with "
-        "the recipe, for that is a fault of this program."
+        "model, and the gradient is of another policy than the one that sampled. In bfloat16 rounding does some of this, so try dtype = "
+        "'float32'; in float32 it is a fault of this program: please report it with the recipe."
     )
 
 

@@ -49,8 +49,9 @@ class Groups:
         chosen = [(g, i) for g in np.flatnonzero(~self.flat) for i in np.flatnonzero(self.known[g])]
         lengths = np.array([len(self.outputs[g][i].token_ids) for g, i in chosen])
         weights, scale = grpo.averaged(lengths, rl.average, rl.max_tokens)
+        prompts = {g: prompt_ids(self.problems[g].prompt) for g in np.flatnonzero(~self.flat)}  # once a group: a template is slow
         return [
-            rl_sample(prompt_ids(self.problems[g].prompt), self.outputs[g][i], scale * float(self.advantage[g, i]), float(weight))
+            rl_sample(prompts[g], self.outputs[g][i], scale * float(self.advantage[g, i]), float(weight))
             for (g, i), weight in zip(chosen, weights, strict=True)
         ]
 

@@ -193,7 +193,7 @@ def test_every_stage_of_reinforcement_has_its_own_section(page: str) -> None:
     assert seen.seen.count("svg") == 4 + TRIAL + (TRIAL + 1) + 2 + 4
     assert len(seen.ids) == len(set(seen.ids)) and seen.open == []
     for expected in ("Learning by trial: rl", "Learning by trial: rl-all", "KL to the reference (rl-all)",
-                     "Fine-tuning loss (assistant tokens): sft-restart", "Distillation loss", "length from step 8.", "After rl-all"):  # fmt: skip
+                     "Fine-tuning loss (assistant tokens): sft-restart", "Distillation loss", "length from step 8."):  # fmt: skip
         assert expected in words, expected
     assert words.count("Alarms (docs/post-training.md)") == 1 and words.count("trl#2703") == 2
     cells = ["sft", "rl", "reject", "sft-restart", "rl-all", "distil"]

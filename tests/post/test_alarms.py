@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from pascaline.errors import BadInput
+from pascaline.post import chain
 from pascaline.post.alarms import GAP, Alarms, firing
 from pascaline.recipe import load
+from pascaline.runs import complete, write_json
 from pascaline.tables import Alarms as Table
 from pascaline.tables import Rl
 
@@ -141,3 +143,13 @@ def test_a_wrong_name_is_an_error_of_the_recipe() -> None:
         load(TINY, {"rl.alarms.stop": ["gape"]})
     with pytest.raises(BadInput, match=r"rl\.alarms\.windw"):
         load(TINY, {"rl.alarms.windw": 3})
+
+
+def test_a_run_goes_on_with_other_alarms_but_not_as_another_run(tmp_path: Path) -> None:
+    write_json(tmp_path / "recipe.json", load(TINY, {"rl.alarms.stop": True}).model_dump(mode="json"))
+    complete(tmp_path / "01-corpus")
+    asked = load(TINY, {"rl.alarms.stop": False, "rl.alarms.length": 0.5})
+    kept = chain._settle(asked, tmp_path)
+    assert kept.rl.alarms == asked.rl.alarms and kept.rl.steps == asked.rl.steps
+    with pytest.raises(BadInput, match=r"different: rl\.steps\)"):
+        chain._settle(load(TINY, {"rl.alarms.length": 0.5, "rl.steps": 99}), tmp_path)

@@ -49,3 +49,17 @@ def test_stop_ends_the_stage_a_resume_says_it_again_and_without_stop_it_goes_on(
     watched(folder, stop=False).run(telling(series()), 12, quiet=True)
     watched(tmp_path / "straight").run(telling(series()), 12, quiet=True)
     assert rows(folder) == rows(tmp_path / "straight") and weights(folder) == weights(tmp_path / "straight")
+
+
+def test_what_was_told_before_a_crash_is_not_told_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Crash(Exception):
+        pass
+
+    source = telling(series())
+    act = source.act
+    source.act = lambda step, batches: act(step, batches) if step < 9 else (_ for _ in ()).throw(Crash)
+    with pytest.raises(Crash):
+        watched(tmp_path).run(source, 12)
+    watched(tmp_path).run(telling(series()), 12)  # from step 8
+    assert capsys.readouterr().err.count("could not be judged") == 1
+    assert [row["step"] for row in rows(tmp_path) if "alarms" in row] == list(range(6, 12))
