@@ -179,11 +179,33 @@ class Confession(Table):
     max_tokens: int = Field(8, ge=1)
 
 
+Alarm = Literal["entropy", "length", "flat", "unjudged", "gap"]
+
+
+class Alarms(Table):
+    """What is named on screen when a stage of reinforcement goes wrong (docs/post-training.md). stop: which of them end the run too, or all
+    (true). All look at the last `window` steps.
+
+    entropy: less than this share of its mean in the first `window` steps; length: answers longer on average than this share of max_tokens
+    and getting longer, or more than a share `truncated` of them cut off; flat: so many steps in a row in which no group had variance, 0 for
+    never; unjudged: more than this share without a verdict; gap: a token whose log-probability in the trainer is so far from the engine's,
+    0 for 1e-4 in float32 and 1 in bfloat16."""
+
+    stop: bool | list[Alarm] = False
+    window: int = Field(10, ge=1)
+    entropy: float = Field(0.1, ge=0, le=1)
+    length: float = Field(0.9, gt=0, le=1)
+    truncated: float = Field(0.3, ge=0, le=1)
+    flat: int = Field(10, ge=0)
+    unjudged: float = Field(0.02, ge=0, le=1)
+    gap: float = Field(0.0, ge=0)
+
+
 class Rl(Stage):
     """Group-relative policy optimisation. Each of `steps` rollouts samples `samples` answers to each of `prompts` problems of `puzzles`;
     wrong_reward is what a false claim earns (right earns 1, giving up 0); rewards: verifiers whose score is added, times this weight, or an
     earlier stage's reward model, for which it is the probability that the answer is better than its group's average. An answer that could
-    not be judged is left out of its group; more than a share max_unjudged of them in a rollout stops the run.
+    not be judged is left out of its group; more than a share max_unjudged of them in a rollout stops the run. alarms: other trouble.
 
     minibatches, epochs: a rollout's answers are shuffled and cut into so many minibatches, each of which makes an optimizer step, and gone
     over so many times; warmup, save_every and the like count optimizer steps, reference_every rollouts.
@@ -238,6 +260,7 @@ class Rl(Stage):
     max_unjudged: float = Field(0.1, ge=0, le=1)
     plain: bool = False
     confession: Confession | None = None
+    alarms: Alarms = Alarms()
     guard: Guard = Guard(sigma=0.0, patience=0)  # a policy's loss and norm jump about in good health
 
     @model_validator(mode="before")

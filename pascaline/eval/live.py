@@ -10,7 +10,7 @@ from pascaline.progress import label, number
 from pascaline.runs import Metrics, is_complete, read_json, write_atomic
 
 LATEST = 20  # steps whose mean is shown: one step is noisy
-MEASURED = ("loss", "reward", "tokens_per_s", "gemm_share", "mfu", "grad_norm", "max_violation", "dead_experts")
+MEASURED = ("reward", "entropy", "loss", "tokens_per_s", "gemm_share", "mfu", "grad_norm", "max_violation", "dead_experts")
 
 
 def standing(out: Path) -> list[dict[str, Any]]:
@@ -55,6 +55,7 @@ def draw(out: Path, cost: dict[str, Any]) -> Path:
     """Write OUT/report.html with the curves there are, and what `ledger.cost` gave; its path."""
     found = standing(out)
     curves = {folder.name[3:]: Metrics.read(folder / "metrics.jsonl") for folder in _folders(out)}
+    traces = {folder.name[3:]: Metrics.read(folder / "traces.jsonl") for folder in _folders(out)}
     told = {"standing": standing_table(found) if found else [], "ledger": cost, "extension": extension(out)}
-    write_atomic(out / "report.html", report_html(told, curves))
+    write_atomic(out / "report.html", report_html(told, curves, traces))
     return out / "report.html"

@@ -28,10 +28,11 @@ def curve(
     *,
     x: str = "step",
     width: float = 0.1,
+    log: bool = False,
 ) -> str | None:
     """One panel of `series` (key in the rows -> legend) over `x`: raw values faint, a mean over `width` of it on top.
 
-    x: "step", or "tokens", which a row counts for its step alone and the panel adds up ("step" where a row has none).
+    x: "step", or "tokens", which a row counts for its step alone and the panel adds up ("step" where a row has none). log: the y axis.
 
     Returns the <svg> text, or None where no row holds any of the keys as a finite number.
     """
@@ -51,8 +52,28 @@ def curve(
         axes.plot(at, raw, color=colour, alpha=0.28, linewidth=0.8)
         axes.plot(at, mean, color=colour, linewidth=1.8, label=name)
     axes.set(xlabel=x_label, ylabel=y_label)
+    if log and any((column(rows, key) > 0).any() for key, *_ in known):
+        axes.set_yscale("log", nonpositive="mask")
     if len(known) > 1:
         _legend(axes)
+    return _svg(figure, title)
+
+
+def shares(rows: Rows, series: Mapping[str, str], y_label: str, title: str, *, width: float = 0.1) -> str | None:
+    """One panel of `series` (key in the rows -> legend), each as wide as its running mean, one upon the other from 0 to 1 over the step.
+    A value that a row lacks is 0 there. None where no row holds any."""
+    held = [row for row in rows if any(np.isfinite(column([row], key))[0] for key in series)]
+    if not held:
+        return None
+    figure, axes = _panel(title)
+    bands = []
+    for key in series:
+        at, _, mean = smooth(column(held, "step"), np.nan_to_num(column(held, key)), width)
+        bands.append(mean)
+    colours = [*(BLUE, ORANGE, GREEN)[: len(series) - 1], MUTED]
+    axes.stackplot(at, *bands, labels=list(series.values()), colors=colours, alpha=0.55, linewidth=0)
+    axes.set(xlabel="step", ylabel=y_label, ylim=(0, 1), xlim=(at[0], max(at[-1], at[0] + 1)))
+    _legend(axes)
     return _svg(figure, title)
 
 

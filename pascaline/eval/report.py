@@ -5,25 +5,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pascaline.eval import extension, plots
+from pascaline.eval import extension, plots, trial
+from pascaline.eval.trial import Section
 from pascaline.progress import number as short
+from pascaline.tables import kind
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 NONE = "-"
+LOSSES = {"pretrain": "Pre-training loss", "extend": "Context extension loss", "sft": "Fine-tuning loss (assistant tokens)",
+          "prefer": "Preference loss", "distil": "Distillation loss"}  # fmt: skip
 
 
-def report_html(report: Mapping[str, Any], curves: Curves) -> str:
+def report_html(report: Mapping[str, Any], curves: Curves, traces: Curves | None = None) -> str:
     """The whole page: no script, no network, everything that came from a model escaped.
 
-    report: the content of report.json; curves: stage name -> rows of its metrics.jsonl. What is missing is left out.
+    report: the content of report.json; curves: stage name -> rows of its metrics.jsonl; traces: the same of traces.jsonl. What is missing
+    is left out.
     """
     from markupsafe import Markup
 
     filters = {"percent": percent, "count": count, "flops": flops, "time": clock, "points": points, "cost_note": cost_note}
     tables = {"standing": report.get("standing"), "cost": cost_table(report.get("ledger") or {})}
     facts = {key: report.get(key) or {} for key in ("gain", "versions", "machine", "ledger")}
-    drawn = _sections(report, curves)
-    sections = [(name, note, [Markup(svg) for svg in svgs if svg]) for name, note, svgs in drawn if any(svgs)]
+    sections = _sections(report, curves, traces or {})
+    for section in sections:
+        section.drawings = [(Markup(svg), caption) for svg, caption in section.drawings if svg]
+    sections = [section for section in sections if section.drawings or section.traces]
     told = {key: report.get(key) or [] for key in ("stages", "protocols", "examples")}
     facts["tables"] = extension.tables(report.get("extension") or {})
     return page(
@@ -181,52 +188,46 @@ def _entropy_range(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "low": min(row["router_entropy"]), "high": max(row["router_entropy"])} for row in rows if row.get("router_entropy")]
 
 
-def _sections(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str, list[str | None]]]:
-    """(heading, note, drawings); a drawing is None where its numbers are missing."""
-    pretrain, sft, rl = (curves.get(name) or [] for name in ("pretrain", "sft", "rl"))
-    loss = {"loss": "loss"}
-    nats = "loss (nats per token)"
-    learning = [
-        plots.curve(pretrain, loss, nats, "Pre-training loss", x="tokens", width=0.02),
-        plots.curve(curves.get("extend") or [], loss, nats, "Context extension loss", x="tokens", width=0.05),
-        plots.curve(sft, loss, nats, "Fine-tuning loss (assistant tokens)", width=0.03),
-    ]
-    ends = {"abstain": "gives up", "false_claim": "false claim", "truncated": "cut off"}
-    flat = [row.get("flat_groups") or 0 for row in rl]
-    groups = "groups per step" if max(flat, default=0) > 1 else "share of groups"
-    trial = [
-        plots.curve(rl, {"reward": "reward", "accuracy": "accuracy"}, "mean per rollout", "Reward and accuracy in training"),
-        plots.curve(rl, {"response_tokens": "tokens"}, "tokens per response", "Response length"),
-        plots.curve(rl, ends, "share of rollouts", "How the other rollouts end"),
-        plots.curve(rl, {"entropy": "entropy"}, "entropy (nats per token)", "Entropy of the policy"),
-        plots.curve(rl, {"flat_groups": "groups"}, groups, "Groups without variance"),
-    ]
-    experts = [
-        plots.expert_load(pretrain, "After pre-training"),
-        plots.expert_load(rl, "After RL"),
-        plots.curve(pretrain, {"max_violation": "max"}, "max violation", "Balance in pre-training", x="tokens", width=0.02),
-        plots.curve(_entropy_range(pretrain), {"low": "lowest layer", "high": "highest layer"}, "entropy (nats per token)",
-                    "Entropy of the routers", x="tokens", width=0.02),
-        plots.curve(pretrain, {"dead_experts": "experts"}, "experts without a token", "Dead experts", x="tokens", width=0.02),
-    ]  # fmt: skip
-    left_out = sum("guard" in row for row in [*pretrain, *(curves.get("extend") or []), *sft])
-    skipped = f" The guard left out {left_out} step{'s' * (left_out > 1)}: metrics.jsonl says why." if left_out else ""
+def _sections(report: Mapping[str, Any], curves: Curves, traces: Curves) -> list[Section]:
+    tried = {name: rows for name, rows in curves.items() if trial.is_trial(name, rows)}
+    read = {name: rows for name, rows in curves.items() if kind(name) in LOSSES and name not in tried}
     more = [
         plots.votes(report.get("majority") or [], "Majority vote among k samples"),
         plots.votes(report.get("best_of") or [], "Best of k samples (pass@k)"),
     ]
     return [
-        ("Learning from text", f"Faint: each step. Strong: running mean.{skipped}", learning),
-        (
-            "Learning by trial",
-            "Measured on the training rollouts of each step. A group whose answers all score the same teaches nothing.",
-            trial,
-        ),
-        ("More samples", "Held-out problems.", more),
-        (
-            "Load of the experts",
-            "Tokens each expert received, relative to an even share (1.00), in the last steps. Max violation: "
-            "the busiest expert's excess over an even share. A router that cannot tell experts apart has the entropy log E.",
-            experts,
-        ),
+        _learning(read),
+        *(trial.section(name, rows, traces.get(name) or []) for name, rows in tried.items()),
+        Section("More samples", "Held-out problems.", [(drawing, "") for drawing in more]),
+        _experts(curves.get("pretrain") or [], tried),
     ]
+
+
+def _learning(read: Curves) -> Section:
+    """The losses of the stages that learn from what is written."""
+    drawings = []
+    for name, rows in read.items():
+        title = LOSSES[kind(name)] + ("" if name == kind(name) else f": {name}")
+        axis = (
+            {"x": "tokens", "width": 0.05 if kind(name) == "extend" else 0.02} if kind(name) in ("pretrain", "extend") else {"width": 0.03}
+        )
+        drawings.append((plots.curve(rows, {"loss": "loss"}, "loss (nats per token)", title, **axis), ""))
+    left_out = sum("guard" in row for rows in read.values() for row in rows)
+    skipped = f" The guard left out {left_out} step{'s' * (left_out > 1)}: metrics.jsonl says why." if left_out else ""
+    return Section("Learning from text", f"Faint: each step. Strong: running mean.{skipped}", drawings)
+
+
+def _experts(pretrain: Sequence[Mapping[str, Any]], tried: Curves) -> Section:
+    entropies = {"low": "lowest layer", "high": "highest layer"}
+    drawings = [
+        plots.expert_load(pretrain, "After pre-training"),
+        *(plots.expert_load(rows, "After RL" if name == "rl" else f"After {name}") for name, rows in tried.items()),
+        plots.curve(pretrain, {"max_violation": "max"}, "max violation", "Balance in pre-training", x="tokens", width=0.02),
+        plots.curve(_entropy_range(pretrain), entropies, "entropy (nats per token)", "Entropy of the routers", x="tokens", width=0.02),
+        plots.curve(pretrain, {"dead_experts": "experts"}, "experts without a token", "Dead experts", x="tokens", width=0.02),
+    ]
+    note = (
+        "Tokens each expert received, relative to an even share (1.00), in the last steps. Max violation: the busiest expert's excess "
+        "over an even share. A router that cannot tell experts apart has the entropy log E."
+    )
+    return Section("Load of the experts", note, [(drawing, "") for drawing in drawings])

@@ -13,7 +13,7 @@ from pascaline.runs import TEMPORARY, Lock, complete, is_complete, read_json, wr
 from pascaline.tables import kind
 
 RESOLVED_LATER = ("device", "dtype")  # "auto" in a recipe; a run keeps what it was resolved to
-WATCHING = ("sinks", "ledger", "parallel")  # no part of what a run is: it goes on with what is asked now
+WATCHING = ("sinks", "ledger", "parallel")  # no part of what a run is, nor is a stage's `alarms`: it goes on with what is asked now
 KEPT = (".lock", "ledger.jsonl")  # what --fresh leaves in place
 SHOWN = 8  # keys named when two recipes differ
 
@@ -124,6 +124,7 @@ def _finish(current: Any) -> dict[str, Any]:
     """OUT/model, OUT/report.json and OUT/report.html from the stages' folders."""
     from pascaline.eval.report import report_html
     from pascaline.post import evaluation
+    from pascaline.post.instruments import TRACES
     from pascaline.runs import Metrics
 
     out: Path = current.out
@@ -137,8 +138,9 @@ def _finish(current: Any) -> dict[str, Any]:
         raise
     report = evaluation.report(current)
     curves = {name: Metrics.read(current.folder(name) / "metrics.jsonl") for name in current.recipe.stages}
+    traces = {name: Metrics.read(current.folder(name) / TRACES) for name in current.recipe.stages}
     write_json(out / "report.json", report)
-    write_atomic(out / "report.html", report_html(report, curves))
+    write_atomic(out / "report.html", report_html(report, curves, traces))
     complete(out)
     return report
 
@@ -164,8 +166,10 @@ def _settle(recipe: Recipe, out: Path) -> Recipe:
     for key in RESOLVED_LATER:
         if asked[key] == "auto":
             asked[key] = stored.get(key)
+    watched = {name: {**stored[name], "alarms": table["alarms"]} for name, table in asked.items()
+               if isinstance(table, dict) and "alarms" in table and isinstance(stored.get(name), dict)}  # fmt: skip
     # Keys that are newer than the run have their defaults.
-    kept = parse(stored | {key: asked[key] for key in WATCHING}, str(out / "recipe.json"))
+    kept = parse(stored | {key: asked[key] for key in WATCHING} | watched, str(out / "recipe.json"))
     different = differences(kept.model_dump(mode="json"), asked)
     if different:
         keys = ", ".join(different[:SHOWN]) + (f" and {len(different) - SHOWN} more" if different[SHOWN:] else "")

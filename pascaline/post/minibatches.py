@@ -53,7 +53,7 @@ class Minibatches:
             self._forget()
             store(self._file(rollout), self.samples)
         else:
-            self.facts = {}
+            self.facts = {"rollout_seconds": 0.0, "verify_seconds": 0.0}
             if self.at != rollout:
                 self.at, self.samples = rollout, stored(self._file(rollout))
         self.facts["rollout"] = rollout

@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import torch
+
 from pascaline.engine import Engine
 from pascaline.model import hf
+from pascaline.post.alarms import Alarms
+from pascaline.post.instruments import TRACES, Traces
 from pascaline.post.minibatches import Minibatches
 from pascaline.post.moment import Moment
 from pascaline.post.reference import Reference
@@ -23,6 +27,7 @@ def rl(run: Run, name: str) -> dict[str, Any]:
     reference = Reference(model, start, run.folder(name) / "reference", stage.reference_every, back) if stage.kl else None
     tokenizer = run.tokenizer()
     rollouts = Rollouts(Engine(model, tokenizer), stage, run.recipe.puzzles, run.recipe.seed, reference, name)
+    rollouts.traces = Traces(run.folder(name) / TRACES, stage.steps)
     source = Minibatches(rollouts, stage, run.folder(name), run.recipe.seed, tokenizer.pad, name, Moment(model, stage))
     policy = Policy(stage.ratio, stage.surrogate, stage.clip_low, stage.clip_high, stage.kl, stage.unbiased, stage.stale, stage.replay)
-    return train(run, name, model, source, stage.steps * source.each, policy=policy)
+    return train(run, name, model, source, stage.steps * source.each, policy=policy, watch=Alarms(name, stage, run.dtype == torch.float32))

@@ -15,7 +15,7 @@ from pascaline.data.puzzles import Problem, Verdict
 from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.errors import BadInput
-from pascaline.post import environments, grpo
+from pascaline.post import environments, grpo, instruments
 from pascaline.post.confession import confess
 from pascaline.post.environments import episode
 from pascaline.post.reference import Reference
@@ -51,8 +51,9 @@ class Groups:
         chosen = [(g, i) for g in np.flatnonzero(~self.flat) for i in np.flatnonzero(self.known[g])]
         lengths = np.array([len(self.outputs[g][i].token_ids) for g, i in chosen])
         weights, scale = grpo.averaged(lengths, rl.average, rl.max_tokens)
+        prompts = {g: prompt_ids(self.problems[g].prompt) for g in np.flatnonzero(~self.flat)}  # once a group: a template is slow
         return [
-            rl_sample(prompt_ids(self.problems[g].prompt), self.outputs[g][i], scale * float(self.advantage[g, i]), float(weight))
+            rl_sample(prompts[g], self.outputs[g][i], scale * float(self.advantage[g, i]), float(weight))
             for (g, i), weight in zip(chosen, weights, strict=True)
         ]
 
@@ -62,6 +63,8 @@ class Rollouts:
 
     def __init__(self, engine: Engine, rl: Rl, tables: dict[str, Puzzle], seed: int, reference: Reference | None = None, name: str = "rl"):
         self.engine, self.rl, self.tables, self.seed, self.reference, self.name = engine, rl, tables, seed, reference, name
+        self.clock = instruments.Clock()
+        self.traces: instruments.Traces | None = None
         self.facts: dict[str, Any] = {}
         self.flops_per_token = 2.0 * active_parameters(engine.model)
 
@@ -77,10 +80,9 @@ class Rollouts:
     def step(self, step: int) -> list[Batch]:
         before = self._tokens()
         groups = self._sampled(step, 0, self.problems(step))
-        told = _facts(groups.outputs, groups.verdicts)  # of the first draw: refills are chosen ones
-        known = groups.known
-        told |= {"reward": float(groups.reward[known].mean()) if known.any() else 0.0, "unjudged": float(1 - known.mean()),
-                 "flat_groups": int(groups.flat.sum())}  # fmt: skip
+        told = instruments.facts(groups.outputs, groups.verdicts, groups.reward, groups.known, groups.flat)  # refills are chosen ones
+        if self.traces:
+            self.traces.keep(step, groups.problems, groups.outputs, groups.verdicts, groups.reward, groups.flat)
         assert self.engine.tokenizer is not None
         reports, more = self._confessed(step, groups)  # of the first draw too: chosen problems have another chance of being right
         if self.rl.refills:
@@ -90,27 +92,33 @@ class Rollouts:
         samples = groups.samples(self.rl, self.engine.tokenizer.prompt_ids) + reports
         self.engine.release()  # what is cached is the old weights', and the trainer needs the memory
         spent = self._tokens() - before
-        self.facts = {**told, **more, "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token}
         row = max([self.rl.sequence_length, *(len(s.tokens) for s in samples)])
         found = batches(samples, row, max(self.rl.micro_tokens // row, 1), self.engine.tokenizer.pad)
-        return self.reference.compared(found, step) if self.reference else found
+        with self.clock("update"):
+            found = self.reference.compared(found, step) if self.reference else found
+        self.facts = {**told, **more, "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token, **self.clock.taken()}
+        return found
 
     def _sampled(self, step: int, refill: int, problems: list[Problem]) -> Groups:
         seed = random.Random(self._seed("sample", step, refill)).getrandbits(48)
         sampling = Sampling(1.0, 1.0, self.rl.max_tokens, self.rl.samples, seed=seed)
-        if self.rl.environment:
-            outputs = episode.play(self.engine, environments.get(self.rl.environment), problems, sampling)
-            judged = episode.judge(problems, outputs)
-        else:
-            outputs = self.engine.generate([p.prompt for p in problems], sampling)
-            judged = judge(problems, outputs)
+        with self.clock("rollout"):
+            acting = environments.get(self.rl.environment) if self.rl.environment else None
+            outputs = (
+                episode.play(self.engine, acting, problems, sampling)
+                if acting
+                else self.engine.generate([p.prompt for p in problems], sampling)
+            )
+        with self.clock("verify"):
+            judged = episode.judge(problems, outputs) if acting else judge(problems, outputs)
         right = np.array([[v is Verdict.RIGHT for v in group] for group in judged.verdicts])
         known = np.array([[v is not Verdict.UNJUDGED for v in group] for group in judged.verdicts])
         cut = np.array([[o.finish_reason == "length" for o in group] for group in outputs])
         lengths = np.array([[len(o.token_ids) for o in group] for group in outputs])
         reward = grpo.rewards(judged.verdicts, cut, self.rl.wrong_reward) + grpo.overlong(lengths, self.rl.max_tokens, self.rl.overlong)
         for name, weight in self.rl.rewards.items():
-            score, why = self._scores(name, problems, outputs)
+            with self.clock("verify"):
+                score, why = self._scores(name, problems, outputs)
             known &= ~np.isnan(score)
             reward += weight * np.nan_to_num(score)
             judged.trouble = judged.trouble or why
@@ -173,16 +181,3 @@ def rl_sample(prompt: list[int], output: Output, advantage: float, weight: float
     logprobs = [p for s in segments for p in (s.logprobs if s.logprobs is not None else [0.0] * len(s.ids))]
     streams = {"rl": said * np.float32(weight), "advantage": said * np.float32(advantage), "old_logprob": np.array(logprobs, np.float32)}
     return Sample(np.array([token for s in segments for token in s.ids]), streams)
-
-
-def _facts(outputs: list[list[Output]], verdicts: list[list[Verdict]]) -> dict[str, float]:
-    """Shares over all answers of a step; a truncated answer counts as wrong but not as a false claim."""
-    flat = [(o, v) for group, row in zip(outputs, verdicts, strict=True) for o, v in zip(group, row, strict=True)]
-    cut = [o.finish_reason == "length" for o, _ in flat]
-    return {
-        "accuracy": float(np.mean([v is Verdict.RIGHT for _, v in flat])),
-        "abstain": float(np.mean([v is Verdict.ABSTAIN for _, v in flat])),
-        "truncated": float(np.mean(cut)),
-        "false_claim": float(np.mean([v is Verdict.WRONG and not c for (_, v), c in zip(flat, cut, strict=True)])),
-        "response_tokens": float(np.mean([len(o.token_ids) for o, _ in flat])),
-    }

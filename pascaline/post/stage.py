@@ -18,6 +18,7 @@ from pascaline.tables import Stage, kind
 from pascaline.tokenizer import Tokenizer
 from pascaline.train.loop import Trainer
 from pascaline.train.losses import Loss
+from pascaline.train.metrics import Watch
 from pascaline.train.parallel import ALONE, Ranks, Rows
 from pascaline.train.policy import Policy
 from pascaline.train.sinks import Sinks
@@ -63,9 +64,10 @@ def loader(run: Run, stage: Any, samples: Samples, row: int, plan: Sequence[int]
 
 
 def train(
-    run: Run, name: str, model: Model, source: Any, steps: int, first: Rows | None = None, policy: Policy | None = None
-) -> dict[str, Any]:
-    """Train the stage's model on a source's batches. policy: how sampled tokens teach, where they do."""
+    run: Run, name: str, model: Model, source: Any, steps: int, first: Rows | None = None, policy: Policy | None = None,
+    watch: Watch | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the stage's model on a source's batches. policy: how sampled tokens teach, where they do; watch: who judges the steps."""
     stage: Stage = getattr(run.recipe, name)
     rule = Loss(mtp=stage.mtp if model.config.num_nextn_predict_layers else 0.0, balance=stage.sequence_balance, z=stage.z_loss)
     if policy:
@@ -74,6 +76,9 @@ def train(
     trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype, ranks, first)
     if ranks.leader:
         trainer.sinks = Sinks(run.recipe.sinks, run.out, name)
+    if policy:
+        trainer.lag = 0  # a rollout waits for the new weights anyway, and times are only true so
+    trainer.watch = watch
     trainer.peak = 1e9 * peak(run.device, measured=not run.quiet).get(str(run.dtype).removeprefix("torch."), 0.0) * ranks.size
     if run.attempt:
         run.attempt.follow(lambda: (trainer.spent, trainer.totals))

@@ -25,15 +25,12 @@ from pascaline.progress import Progress
 from pascaline.runs import Metrics, disk_full
 from pascaline.stopping import Interrupt
 from pascaline.tables import Stage
-from pascaline.train import checkpoint, losses, parallel, paths, quarantine, schedule, straggler
+from pascaline.train import checkpoint, losses, metrics, parallel, paths, quarantine, schedule, straggler
 from pascaline.train.guard import Guard, within
 from pascaline.train.optim import Optimizer
 from pascaline.train.parallel import ALONE, Ranks, Rows
 from pascaline.train.qkclip import QKClip
 from pascaline.train.sinks import Sinks
-
-SHOWN = ("reward", "accuracy", "response_tokens", "loss", "tokens_per_s", "gemm_share", "mfu", "grad_norm", "max_violation", "dead_experts",
-         "slowest_per_median")  # fmt: skip
 
 
 class Source(Protocol):
@@ -60,6 +57,7 @@ class Launched:
     values: Tensor
     arrived: torch.Event | None
     own: straggler.Spans
+    fetched: float  # when its batches were there
 
 
 class Trainer:
@@ -95,6 +93,7 @@ class Trainer:
         self.spent = Totals()  # of this process, with the steps that a rewind threw away
         self.peak = 0.0  # FLOP/s of matrix products here; 0: not measured
         self.sinks = Sinks()
+        self.watch: metrics.Watch | None = None
         self.guard = Guard()
         self.saver = checkpoint.Saver(folder, stage.keep_last, stage.keep_every, ranks)
         self.metrics = Metrics(folder / "metrics.jsonl")
@@ -144,6 +143,7 @@ class Trainer:
         if self.stopwatch:
             self.stopwatch.start()
         batches = source.step(step + self.guard.shift)
+        fetched = time.perf_counter()
         if self.stopwatch:
             self.stopwatch.pause()
         total = self._totals(batches)
@@ -160,14 +160,14 @@ class Trainer:
                 loss.backward()
                 self.optimizer.collect()
                 for name, part in {**parts, "load": loads}.items():
-                    values[name] = losses.joined(name, values[name], part) if name in values else part
+                    values[name] = metrics.combined(name, values[name], part) if name in values else part
             row["lr"] = schedule.learning_rate(self.stage, step, steps) * self.guard.slower
             values = self._update(step, steps, row["lr"], limits, values)
         values["asked"] = self.ranks.sum(torch.full((), float(interrupt.requested), device=self.model.device))
         flat, arrived = _to_host(torch.cat([value.detach().flatten().float() for value in values.values()]))
         names = {name: value.shape for name, value in values.items()}
         own = self.stopwatch.spans if self.stopwatch else []
-        self.launched.append(Launched(step, began, row, batches, limits, names, flat, arrived, own))
+        self.launched.append(Launched(step, began, row, batches, limits, names, flat, arrived, own, fetched))
 
     def _totals(self, batches: list[Batch]) -> dict[str, float]:
         """The weight of each stream over all ranks' batches of a step, and their tokens."""
@@ -175,12 +175,9 @@ class Trainer:
         return {name: sum(own[name] for own in found) for name in found[0]}
 
     def _update(self, step: int, steps: int, lr: float, limits: tuple[float, float], values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum `values` over the ranks and change the weights with the collected gradients, unless they are out of the guard's limits:
+        """Combine `values` of all ranks and change the weights with the collected gradients, unless they are out of the guard's limits:
         then this changes nothing. The values with what came of it."""
-        largest = {name: self.ranks.max(values.pop(name)) for name in [*values] if name.endswith("_max")}
-        flat = self.ranks.sum(torch.cat([value.flatten().float() for value in values.values()]))
-        parts = flat.split([value.numel() for value in values.values()])
-        values = {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)} | largest
+        values = metrics.over_ranks(self.ranks, values)
         values["loss"] = torch.stack([values[name] for name in losses.PARTS if name in values]).sum()
         values["grad_norm"] = norm = self.optimizer.norm()
         fine = within(limits, values.get("ce"), values["loss"], norm)
@@ -199,26 +196,13 @@ class Trainer:
             one = self.launched.pop(0)
             told = _arrived(one)
             asked |= bool(told.pop("asked"))
-            row = self._read(one.row, told)
+            row = metrics.read(one.row, told)
             if "loss" in told:
                 self._judge(source, one, row, progress)
             if self.stopwatch:
                 row |= self._compare(one.own, progress)
             self._count(one, row, progress)
         return asked
-
-    def _read(self, row: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-        """The row of a step whose values have arrived."""
-        load_LE = told.pop("load", [])
-        row = {**row, **told} if told else {**row, "loss": 0.0, "skipped": True}
-        if "router_entropy" in row:
-            row["router_entropy"] = [round(entropy, 4) for entropy in row["router_entropy"]]
-        if load_LE:
-            share_LE = [[count / sum(layer) for count in layer] for layer in load_LE]
-            row["max_violation"] = max(share * len(layer) for layer in share_LE for share in layer) - 1  # MaxVio of arXiv 2408.15664
-            row["dead_experts"] = sum(layer.count(0) for layer in load_LE)
-            row["expert_load"] = [[round(share, 4) for share in layer] for layer in share_LE]
-        return row
 
     def _judge(self, source: Source, one: Launched, row: dict[str, Any], progress: Progress) -> None:
         """If the guard left out this step, put the reason into `row` and the documents into quarantine.jsonl. BadInput when too many
@@ -259,10 +243,18 @@ class Trainer:
         row |= {"tokens_per_s": row["tokens"] / seconds, "seconds": self.totals.seconds}
         if self.peak:
             row["mfu" if self.model.device.type == "cuda" else "gemm_share"] = flops / seconds / self.peak
+        if "rollout_seconds" in row:
+            row |= metrics.spent(row, seconds, now - one.fetched)
+        names, notes, stop = self.watch.look(row) if self.watch else ([], [], "")
+        row |= {"alarms": names} if names else {}
         if self.ranks.leader:
-            self.rows.append({"step": one.step, **row})
+            self.rows.append(metrics.ordered({"step": one.step, **row}))
             self._log(progress)
-        progress.update(one.step + 1, **{k: row[k] for k in SHOWN if k in row}, **self.guard.counts)
+        progress.update(one.step + 1, **metrics.shown(row), **self.guard.counts)
+        for note in notes:
+            progress.note(f"step {one.step}: {note}")
+        if stop:
+            raise BadInput(f"{self.name} step {one.step}: {stop}")
 
     def _rewind(self, step: int, progress: Progress) -> int:
         """Back to the last checkpoint from before the loss began to rise, if there still is one; the step to go on with."""
@@ -345,6 +337,8 @@ class Trainer:
         if self.ranks.leader:
             checkpoint.forget_after(self.folder, step)
             self.metrics.truncate_after(step - 1)
+            if self.watch:
+                self.watch.begin(Metrics.read(self.metrics.path))
         self.ranks.tell()
 
     def _restore(self, choices: Iterable[int], progress: Progress) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pascaline.data.batch import Batch, moved
@@ -52,8 +51,8 @@ def totals(batches: Iterable[Batch]) -> dict[str, float]:
 
 def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """This micro-batch's share of the step's loss (a scalar with gradient), detached parts to log (shares that add up over the
-    micro-batches), and expert loads [L, E] with the MTP modules' routers last. The batch may still lie in the host's memory: then
-    nothing here waits for the device."""
+    micro-batches; of NAME_max the largest counts), and expert loads [L, E] with the MTP modules' routers last. The batch may still lie in
+    the host's memory: then nothing here waits for the device."""
     keep = moved(_counting(batch, total), model.device)
     batch = batch.to(model.device)
     routes = batch.streams.get("routes")
@@ -87,8 +86,8 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
             loss, told["stale"] = loss * near, 1 - near
         parts["rl"] = (w * loss).sum() / total["rl"]
     if "kl" in weights:
-        apart = distance(logprob, stream("ref_logprob"), log_ratio, rule.policy)
-        parts["kl"] = rule.policy.kl * (weights["kl"][keep] * apart).sum() / total["kl"]
+        apart = (weights["kl"][keep] * distance(logprob, stream("ref_logprob"), log_ratio, rule.policy)).sum() / total["kl"]
+        parts["kl"] = rule.policy.kl * apart
     if "report" in weights:  # as rl, but of tokens that rl has no weight on, and by their own count
         w_r = weights["report"][keep]
         loss, _ = policy_loss(
@@ -104,6 +103,8 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
         shares = [sequence_balance(routing, real) for routing in routings]
         parts["balance"] = rule.balance * torch.stack(shares).sum() / total["tokens"]
     logs = {name: part.detach() for name, part in parts.items()}
+    if "kl" in parts:
+        logs["reference_kl"] = apart.detach()
     if routings:
         with torch.no_grad():
             logs["router_entropy"] = torch.stack([router_entropy(routing, real) for routing in routings]) / total["tokens"]
@@ -111,14 +112,14 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
         logs["rerouted"] = rerouted
     if entropy is not None:
         logs |= {name: (w / total["rl"] * values).sum() for name, values in {"entropy": entropy, **told}.items()}
-        logs["ratio_max"] = F.pad(ratio * sampled, (0, 1)).max()  # of no tokens: 0
+        logs |= {"ratio_max": _largest(ratio * sampled), "gap_max": _largest(gap.abs() * sampled)}
     loads = [routing.load(real) for routing in routings]
     return torch.stack(list(parts.values())).sum(), logs, torch.stack(loads) if loads else torch.zeros(0, model.config.n_routed_experts)
 
 
-def joined(name: str, one: Tensor, other: Tensor) -> Tensor:
-    """What is logged under `name` of two parts of a step: the larger of what ends in _max, the sum of everything else."""
-    return torch.maximum(one, other) if name.endswith("_max") else one + other
+def _largest(values: Tensor) -> Tensor:
+    """0 for none: a micro-batch may have no token that counts."""
+    return torch.cat((values, values.new_zeros(1))).amax()
 
 
 def _answers(batch: Batch) -> Tensor:

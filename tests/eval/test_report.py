@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pascaline.eval import plots
+from pascaline.eval import plots, trial
 from pascaline.eval.report import clock, flops, report_html, table_text
 
 HOSTILE = '6*2=12?no\n</pre></details><script>alert("x")</script><img src=x onerror=alert(1)> {{ 7*7 }} & 3<4'
@@ -84,13 +84,13 @@ def fake_curves() -> dict[str, list[dict[str, Any]]]:
 
     def rl(step: int) -> dict[str, Any]:
         skill = 0.43 + 0.22 * (1 - math.exp(-step / 60)) + rng.normal(0, 0.04)
-        ends = {
-            "false_claim": 0.3 - 0.3 * (skill - 0.4),
-            "abstain": 0.25 * (1 - skill),
-            "truncated": abs(rng.normal(0, 0.01)),
-        }
-        seen = {"response_tokens": 130 - 20 * skill + rng.normal(0, 4), "flat_groups": int(rng.integers(2, 12))}
-        return {"reward": skill - 0.05, "accuracy": skill, "entropy": 0.4 * math.exp(-step / 150), **ends, **seen}
+        flat = {"flat_groups": 0.5 - 0.2 * skill, "all_right": 0.2 * skill, "none_right": 0.5 - 0.4 * skill}
+        ends = {"wrong": 0.75 * (1 - skill), "abstain": 0.25 * (1 - skill), "unjudged": 0.0, "truncated": abs(rng.normal(0, 0.01))}
+        seen = {"response_tokens": 120.0, "tokens_right": 110 + 30 * skill, "tokens_wrong": None if step % 9 == 0 else 140 - 20 * skill}
+        policy = {"entropy": 0.4 * math.exp(-step / 150), "ratio": 1.0, "clipped": 0.0, "mismatch": 1e-7, "gap_max": 1e-5}
+        times = {"rollout_seconds": 2.0, "verify_seconds": 0.1, "update_seconds": 1.0, "other": 0.02}
+        speeds = {"rollout_tokens_per_s": 9000.0, "update_tokens_per_s": 4000.0}
+        return {"reward": skill - 0.05, "accuracy": skill, **flat, **ends, **seen, **policy, **times, **speeds}
 
     return {
         "pretrain": [
@@ -101,9 +101,20 @@ def fake_curves() -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def fake_traces() -> list[dict[str, Any]]:
+    def said(verdict: str, thought: str) -> dict[str, Any]:
+        return {"thought": thought, "answer": "13-(6/6)<b>", "verdict": verdict, "reward": -0.25, "tokens": 1234, "cut": verdict == "wrong"}
+
+    answers = [said("right", HOSTILE), said("wrong", "x" * 10_000), said("abstain", "")]
+    return [{"step": step, "puzzle": "count<i>down", "prompt": HOSTILE, "answers": answers} for step in range(0, 101, 10)]
+
+
+TRIAL = 12  # drawings of a stage of reinforcement without a reference
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
-    return report_html(fake_report(), fake_curves())
+    return report_html(fake_report(), fake_curves(), {"rl": fake_traces()})
 
 
 class Structure(HTMLParser):
@@ -142,7 +153,7 @@ class Structure(HTMLParser):
 def test_page_is_whole_and_stands_alone(page: str) -> None:
     seen = Structure(page)
     assert seen.open == []
-    assert seen.seen.count("svg") == 2 + 5 + 2 + 3
+    assert seen.seen.count("svg") == 2 + TRIAL + 2 + 3
     assert "script" not in seen.seen and "link" not in seen.seen and "img" not in seen.seen
     assert len(seen.ids) == len(set(seen.ids))
     assert all(ref.startswith("#") and ref[1:] in seen.ids for ref in seen.refs)
@@ -168,7 +179,56 @@ def test_model_text_is_shown_as_text(page: str) -> None:
 
 
 def test_the_same_numbers_give_the_same_page(page: str) -> None:
-    assert report_html(fake_report(), fake_curves()) == page
+    assert report_html(fake_report(), fake_curves(), {"rl": fake_traces()}) == page
+
+
+def test_every_stage_of_reinforcement_has_its_own_section(page: str) -> None:
+    report, curves = fake_report(), fake_curves()
+    report["stages"] = [{"name": name} for name in ("sft", "rl", "reject", "sft-restart", "rl-all", "distil")]
+    curves |= {"sft-restart": curves["sft"], "reject": [], "distil": curves["sft"]}
+    curves["rl-all"] = [row | {"reference_kl": 0.1, "ratio_max": 1.5} for row in curves["rl"]]
+    curves["rl-all"][7]["alarms"] = curves["rl-all"][9]["alarms"] = ["length"]
+    seen = Structure(report_html(report, curves, {"rl-all": fake_traces()[:1]}))
+    words = "".join(seen.words)
+    assert seen.seen.count("svg") == 4 + TRIAL + (TRIAL + 1) + 2 + 4
+    assert len(seen.ids) == len(set(seen.ids)) and seen.open == []
+    for expected in ("Learning by trial: rl", "Learning by trial: rl-all", "KL to the reference (rl-all)",
+                     "Fine-tuning loss (assistant tokens): sft-restart", "Distillation loss", "length from step 8."):  # fmt: skip
+        assert expected in words, expected
+    assert words.count("Alarms (docs/post-training.md)") == 1 and words.count("trl#2703") == 2
+    cells = ["sft", "rl", "reject", "sft-restart", "rl-all", "distil"]
+    assert [word for word in seen.words if word in cells][: len(cells)] == cells
+    assert [line.split()[0] for line in table_text(report).splitlines()[2:8]] == cells
+
+
+def test_the_loss_of_reinforcement_comes_last(page: str) -> None:
+    titles = [
+        word for word in Structure(page).words if word in ("Reward and accuracy", "Entropy of the policy", "Where the time goes", "Loss")
+    ]
+    assert titles == ["Reward and accuracy", "Entropy of the policy", "Where the time goes", "Loss"]
+
+
+def test_traces_are_shown_as_text_and_cut_to_a_pages_length(page: str) -> None:
+    seen = Structure(page)
+    words = "".join(seen.words)
+    assert seen.seen.count("details") == 4 + 11 * (1 + 3)
+    for expected in ("Step 40, count<i>down: right, wrong, abstain", "Reward -0.25, 1,234 tokens, cut off", "... (4000 more characters)"):
+        assert expected in words, expected
+    assert "<i>down" not in page and words.count(HOSTILE) == 1 + 11 * 2
+
+
+def test_shares_lie_upon_each_other() -> None:
+    rows: list[dict[str, Any]] = [{"step": s, "a": 0.25, "b": None if s == 3 else 0.75} for s in range(10)]
+    svg = plots.shares([*rows, {}], {"a": "some", "b": "more", "c": "none"}, "share", "Shares")
+    assert svg is not None and all(f">{name}<" in svg for name in ("some", "more", "none"))
+    assert plots.shares([{"step": 1}], {"a": "some"}, "share", "Shares") is None and plots.shares([], {"a": "some"}, "share", "S") is None
+    one = plots.shares(rows[:1], {"a": "some"}, "share", "Shares")
+    assert one is not None
+
+
+def test_the_shares_of_a_steps_time_add_up() -> None:
+    (row,) = trial._times([{"step": 4, "rollout_seconds": 3.0, "verify_seconds": 1.0, "update_seconds": 4.0, "other": 0.2}, {"step": 5}])
+    assert row == {"step": 4, "rollout": pytest.approx(0.3), "verify": pytest.approx(0.1), "update": pytest.approx(0.4), "other": 0.2}
 
 
 def test_missing_pieces_are_left_out() -> None:
@@ -279,5 +339,5 @@ def test_light_import() -> None:
 
 
 if __name__ == "__main__":  # python tests/eval/test_report.py > /tmp/report.html, to look at it
-    print(report_html(fake_report(), fake_curves()))
+    print(report_html(fake_report(), fake_curves(), {"rl": fake_traces()}))
     print(table_text(fake_report()), file=sys.stderr)

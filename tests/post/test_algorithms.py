@@ -101,9 +101,9 @@ def answers(batches: list) -> int:
 def test_refills_put_groups_with_variance_in_the_places_of_flat_ones(engine: Engine, coin_run: Path) -> None:
     plain, filled = rollouts(engine, coin_run, samples=2), rollouts(engine, coin_run, samples=2, refills=4)
     few, more = answers(plain.step(0)), answers(filled.step(0))
-    flat = plain.facts["flat_groups"]
+    flat = 8 * plain.facts["flat_groups"]
     assert flat >= 2 and few == 2 * (8 - flat)
-    assert filled.facts["flat_groups"] == flat and filled.facts["reward"] == plain.facts["reward"]  # told of the first draw
+    assert filled.facts["flat_groups"] == flat / 8 and filled.facts["reward"] == plain.facts["reward"]  # told of the first draw
     assert more == few + 2 * filled.facts["refilled"] and 0 < filled.facts["refilled"] <= flat
     assert filled.facts["rollout_tokens"] > plain.facts["rollout_tokens"]
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from pascaline.data.batch import Batch
-from pascaline.data.puzzles import Verdict
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.errors import BadInput
 from pascaline.model import hf
-from pascaline.post.rollout import Rollouts, _facts, rl_sample
+from pascaline.post.rollout import Rollouts, rl_sample
 from pascaline.post.verifiers.base import answers
 from pascaline.recipe import load
 from pascaline.tokenizer import Tokenizer
@@ -84,7 +83,7 @@ def test_every_answer_of_a_group_that_teaches_reaches_the_loss_unchanged(engine:
             if len(set(even)) == 2:
                 tokens = (*engine.tokenizer.prompt_ids(prompt), *o.token_ids)
                 expected.setdefault(tokens, []).append((o, (is_right - mean) / (mean * (1 - mean)) ** 0.5))
-    assert source.facts["flat_groups"] == flat < 8
+    assert source.facts["flat_groups"] == flat / 8 < 1
     found = documents(batches)
     assert len(found) == sum(map(len, expected.values())) == 4 * (8 - flat)
     for document in found:
@@ -128,7 +127,11 @@ def test_a_step_depends_on_its_number_the_seed_and_the_weights_only(engine: Reco
 def test_a_step_without_a_signal_is_empty_and_says_so(engine: Recorded, coin_run: Path) -> None:
     source = rollouts(engine, coin_run, max_tokens=1)  # too short to say anything
     assert source.step(0) == []
-    assert source.facts["flat_groups"] == 8 and source.facts["reward"] == 0 and source.facts["response_tokens"] == 1
+    assert (
+        source.facts["flat_groups"] == source.facts["none_right"] == 1
+        and source.facts["reward"] == 0
+        and source.facts["response_tokens"] == 1
+    )
     assert source.facts["rollout_tokens"] > 0 and source.facts["truncated"] + source.facts["false_claim"] == 1
 
 
@@ -185,18 +188,3 @@ def test_further_rewards_are_added_with_their_weight(engine: Recorded, coin_run:
     more.step(0)
     assert more.facts["reward"] == pytest.approx(plain.facts["reward"] + 0.25 * plain.facts["response_tokens"])
     assert more.facts["accuracy"] == plain.facts["accuracy"]
-
-
-def test_facts_add_up() -> None:
-    def output(reason: str, tokens: int) -> Output:
-        return Output([0] * tokens, [0.0] * tokens, reason)
-
-    outputs = [[output("stop", 2), output("length", 4)], [output("stop", 3), output("stop", 3)]]
-    verdicts = [[Verdict.RIGHT, Verdict.WRONG], [Verdict.ABSTAIN, Verdict.WRONG]]
-    assert _facts(outputs, verdicts) == {
-        "accuracy": 0.25,
-        "abstain": 0.25,
-        "truncated": 0.25,
-        "false_claim": 0.25,
-        "response_tokens": 3.0,
-    }

@@ -11,7 +11,8 @@ from tiny import relative_error, tiny_model
 from pascaline.data.batch import Batch, Sample, collate
 from pascaline.model.moe import Routing
 from pascaline.train import losses
-from pascaline.train.losses import Loss, compute, joined, router_entropy, sequence_balance, token_logprobs, totals
+from pascaline.train.losses import Loss, compute, router_entropy, sequence_balance, token_logprobs, totals
+from pascaline.train.metrics import combined
 from pascaline.train.policy import Policy
 
 
@@ -108,7 +109,7 @@ def gradients(model, micro_batches: list[Batch], rule: Loss = RULE):
         loss.backward()
         value += loss.item()
         parts = {name: part.detach().sum() for name, part in parts.items()}
-        logs = {name: joined(name, logs[name], part) if name in logs else part for name, part in parts.items()}
+        logs = {name: combined(name, logs[name], part) if name in logs else part for name, part in parts.items()}
         load = load + loads
     logs = {name: part.item() for name, part in logs.items()}
     return value, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, logs, load
@@ -271,11 +272,11 @@ def test_the_first_token_of_a_document_is_never_a_target():
 
 
 def test_rl_logs():
-    """entropy, clipped share and mismatch are means over the rl weight."""
+    """entropy, clipped share and mismatch are means over the rl weight, gap_max is over the tokens that have any."""
     model = tiny_model()
     rows = random_rows(("rl",))
     _, _, logs, _ = gradients(model, [collate(rows, 24, 2)])
-    weight = entropy = mismatch = 0.0
+    weight = entropy = mismatch = gap = 0.0
     with torch.no_grad():
         for s in (s for row in rows for s in row):
             logp = model(torch.from_numpy(s.tokens)[None])[0].log_softmax(-1)
@@ -283,10 +284,21 @@ def test_rl_logs():
                 w = float(s.streams["rl"][t])
                 weight += w
                 entropy -= w * float((logp[t - 1].exp() * logp[t - 1]).sum())
-                mismatch += w * abs(float(logp[t - 1, s.tokens[t]]) - float(s.streams["old_logprob"][t]))
+                apart = abs(float(logp[t - 1, s.tokens[t]]) - float(s.streams["old_logprob"][t]))
+                mismatch += w * apart
+                gap = max(gap, apart * (w != 0))
     assert logs["entropy"] == pytest.approx(entropy / weight, rel=1e-4)
     assert logs["mismatch"] == pytest.approx(mismatch / weight, rel=1e-4)
+    assert logs["gap_max"] == pytest.approx(gap, rel=1e-4)
     assert 0 < logs["clipped"] < 1
+
+
+def test_the_distance_to_the_reference_is_told_without_its_weight():
+    model, batch = tiny_model(), [collate(random_rows(ALL), 24, 2)]
+    found = [gradients(model, batch, Loss(policy=Policy(kl=weight)))[2] for weight in (0.5, 0.001)]
+    assert found[0]["reference_kl"] == pytest.approx(found[1]["reference_kl"]) and found[0]["reference_kl"] > 0
+    assert [logs["kl"] for logs in found] == pytest.approx([w * found[0]["reference_kl"] for w in (0.5, 0.001)])
+    assert "reference_kl" not in gradients(model, [collate(random_rows(("rl",)), 24, 2)])[2]
 
 
 # ---- multi-token prediction ------------------------------------------------------------------------------------------
