@@ -1,8 +1,8 @@
 """From samples to batches: documents packed into rows without cutting or mixing them.
 
 A batch carries tokens, positions, document ids and per-token weight streams; whoever fills the streams decides what is learnt
-(`ce` cross-entropy, `rl` policy gradient, `kl` distance to a reference). A stream's value at t belongs to the token at t, which
-is predicted from what stands before it; so the first token of a document never carries weight.
+(`ce` cross-entropy, `rl` policy gradient, `kl` distance to a reference, `soft` a teacher's distribution). A stream's value at t
+belongs to the token at t, which is predicted from what stands before it; so the first token of a document never carries weight.
 
 Shapes: B rows, T tokens a row.
 """
@@ -21,7 +21,7 @@ Streams = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Sample:
-    """One document: tokens [t] and streams, each [t] float32."""
+    """One document: tokens [t] and streams, each [t] or [t, k] float32."""
 
     tokens: np.ndarray
     streams: Streams
@@ -32,7 +32,7 @@ class Batch:
     tokens: "Tensor"  # [B, T] int64
     positions: "Tensor"  # [B, T] int64, from 0 in each document
     document_ids: "Tensor"  # [B, T] int64, -1 for padding
-    streams: dict[str, "Tensor"] = field(default_factory=dict)  # each [B, T] float32
+    streams: dict[str, "Tensor"] = field(default_factory=dict)  # each [B, T] or [B, T, k] float32
 
     def weight(self, name: str) -> "Tensor":
         """The stream's weights of the targets, the tokens but each row's first: [B * (T - 1)], zeros where the batch has none."""
@@ -85,8 +85,8 @@ def collate(rows: Sequence[Sequence[Sample]], row: int, pad: int) -> Batch:
     tokens = np.full(shape, pad, np.int64)
     positions = np.zeros(shape, np.int64)
     documents = np.full(shape, -1, np.int64)
-    names = sorted({name for samples in rows for s in samples for name in s.streams})
-    streams = {name: np.zeros(shape, np.float32) for name in names}
+    widths = {name: stream.shape[1:] for samples in rows for s in samples for name, stream in s.streams.items()}
+    streams = {name: np.zeros((*shape, *widths[name]), np.float32) for name in sorted(widths)}
     for b, samples in enumerate(rows):
         at = 0
         for d, sample in enumerate(samples):
