@@ -186,7 +186,7 @@ def _stored(run: Run, name: str, stage: Distil, teacher: Path) -> Iterator[Path]
     model: Model | None = None
     with run.progress(name, len(parts), "part") as progress, Interrupt() as interrupt:
         for i, part in enumerate(parts):
-            path = run.folder(name) / "teacher" / f"{i:05d}.safetensors"
+            path = run.folder(name) / "teacher" / f"{i * PART:06d}-{i * PART + len(part):06d}.safetensors"
             if (facts := logits.facts(path)) is None:
                 model = model or hf.load(teacher, run.dtype, run.device)
                 began, tokens = time.perf_counter(), sum(len(s.tokens) for s in part)

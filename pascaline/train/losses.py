@@ -198,12 +198,11 @@ class _SoftLoss(torch.autograd.Function):
         hidden_mD, weight_VD, ids_mk, p_mk, rest_m, log_z, log_rest = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_mD)
         grad_weight = torch.zeros(weight_VD.shape, device=weight_VD.device) if ctx.needs_input_grad[1] else None
-        mass_m = p_mk.sum(-1) + rest_m  # 1 up to rounding
-        outside_m = mass_m - rest_m * (log_z - log_rest).exp()
+        outside_m = 1 - rest_m * (log_z - log_rest).exp()
         for span, logits in _logits(hidden_mD, weight_VD):
             # d(loss)/d(logits) = q - p at the teacher's k tokens, q (1 - p_rest / q_rest) at all others
             q = logits.sub_(log_z[span, None]).exp_()
-            inside = q.gather(1, ids_mk[span]) * mass_m[span, None] - p_mk[span]
+            inside = q.gather(1, ids_mk[span]) - p_mk[span]
             slope = q.mul_(outside_m[span, None]).scatter_(1, ids_mk[span], inside).mul_(grad_m[span, None]).to(hidden_mD.dtype)
             torch.mm(slope, weight_VD, out=grad_hidden[span])
             if grad_weight is not None:

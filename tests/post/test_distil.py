@@ -1,6 +1,7 @@
 """Distillation: whose word it is, that the student comes nearer, that a stop changes nothing, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,13 @@ from pascaline.post.check import check
 from pascaline.post.distil import Taught, most_probable
 from pascaline.post.reference import Reference
 from pascaline.post.sft import puzzle_samples
+from pascaline.post.stage import Run
 from pascaline.recipe import load
 from pascaline.runs import Metrics, read_json
 from pascaline.tables import Distil, Puzzle
 from pascaline.tokenizer import Tokenizer, train
 from pascaline.train.losses import Loss, compute, totals
+from pascaline.train.parallel import ALONE
 
 COIN = {"coin:puzzle": Puzzle(examples=20)}
 RECIPE = """
@@ -250,7 +253,7 @@ def test_a_run_killed_while_the_teacher_speaks_and_while_the_student_learns_ends
         return get(self, *given)
 
     def full(place, *given):
-        if place.name.startswith("00002"):
+        if place.name == "000128-000192.safetensors":
             raise Killed
         write(place, *given)
 
@@ -278,10 +281,20 @@ def test_chats_of_a_file_teach_with_their_last_answer(models, tmp_path):
     assert "Be brief." in tokenizer.decode(found[1].tokens.tolist())
     settings = {"distil.method": "logits", "distil.data": [str(chats)], "distil.epochs": 100.0}
     pascaline.run(recipe(tmp_path, models), tmp_path / "out", settings, stage="distil", quiet=True)
-    assert load_file(tmp_path / "out" / "02-distil" / "teacher" / "00000.safetensors")["ends"][-1] == sum(len(s.tokens) for s in found)
+    assert load_file(tmp_path / "out" / "02-distil" / "teacher" / "000000-000002.safetensors")["ends"][-1] == sum(len(s.tokens) for s in found)
     chats.write_text('{"prompt": "?"}\n')
     with pytest.raises(BadInput, match=r"chats\.jsonl, chat 1 must look like"):
         list(distil._read_chats(chats, tokenizer))
+
+
+def test_one_rank_teaches_with_all_rows_while_others_wait(logits_run, monkeypatch):
+    """A loader on the run's ranks would give the first its half of each step."""
+    parsed = load(logits_run / "recipe.toml")
+    monkeypatch.setattr(distil, "PART", 64)
+    monkeypatch.setattr(distil, "train", lambda run, name, model, rows, steps: {"ranks": rows.ranks, "steps": steps})
+    two = replace(ALONE, size=2)
+    run = Run(parsed, logits_run, torch.device("cpu"), torch.float32, quiet=True, ranks=two)
+    assert distil.distil(run, "distil") == {"ranks": 1, "steps": len(rows(logits_run))}
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def learnt(loss) -> torch.Tensor:
 
 def test_the_student_ends_at_the_teachers_own_probabilities_and_not_at_inflated_ones():
     """What is wrong with dropping the rest: the same 5 tokens, scaled up to sum to 1 (arXiv 2503.16870)."""
-    whole, ids, logprobs = (t[:1] for t in teacher(5, sharp=0.3))
+    _, ids, logprobs = (t[:1] for t in teacher(5, sharp=0.3))
     own = learnt(lambda logits: soft_loss(logits, torch.eye(V), ids, logprobs).sum())
     assert own[ids[0]] == pytest.approx(logprobs.exp()[0], abs=2e-3)
     naive = learnt(lambda logits: -(logprobs.exp() * logits.log_softmax(-1).gather(1, ids)).sum())
