@@ -281,7 +281,8 @@ def test_chats_of_a_file_teach_with_their_last_answer(models, tmp_path):
     assert "Be brief." in tokenizer.decode(found[1].tokens.tolist())
     settings = {"distil.method": "logits", "distil.data": [str(chats)], "distil.epochs": 100.0}
     pascaline.run(recipe(tmp_path, models), tmp_path / "out", settings, stage="distil", quiet=True)
-    assert load_file(tmp_path / "out" / "02-distil" / "teacher" / "000000-000002.safetensors")["ends"][-1] == sum(len(s.tokens) for s in found)
+    stored = load_file(tmp_path / "out" / "02-distil" / "teacher" / "000000-000002.safetensors")
+    assert stored["ends"][-1] == sum(len(s.tokens) for s in found)
     chats.write_text('{"prompt": "?"}\n')
     with pytest.raises(BadInput, match=r"chats\.jsonl, chat 1 must look like"):
         list(distil._read_chats(chats, tokenizer))
