@@ -119,7 +119,7 @@ class Stage(Optim):
 
 
 class Pretrain(Stage):
-    """model: a shape of its own in place of the recipe's, drawn anew (a student's: [pretrain-student]).
+    """model: a shape of its own in place of the recipe's, a preset or any family's, drawn anew (a student's: [pretrain-student]).
 
     ramp_from: tokens a step at the start, growing in a straight line to tokens_per_step over the first `ramp_until` of the tokens."""
 
@@ -316,23 +316,26 @@ class Reject(Table):
 
 
 class Distil(Stage):
-    """What a teacher knows, into the model of stage `start`. teacher: an earlier stage or a model folder.
+    """What a teacher knows, into the model of stage `start`. teacher: an earlier stage or a model folder with the same vocabulary. (Where
+    the vocabularies differ, and for SFT on what a teacher wrote: `data` of sft.)
 
-    method: "policy", the student samples and the teacher's log-probability of each of its tokens teaches by reverse KL (on-policy
-    distillation); "logits", the teacher's `top` most probable tokens at every place of the data, stored once. (On a teacher's written
-    answers a student learns with sft.)"""
+    method: "policy", `steps` times the student samples `samples` answers to each of `prompts` problems of `puzzles`, and the teacher's
+    log-probability of each of its tokens teaches by reverse KL (on-policy distillation). "logits": the teacher's `top` most probable
+    tokens at every answer token of the chats of `data`, files or earlier stages, or of the puzzles' own examples where it names none, are
+    stored once, and the student learns from them by forward KL for `epochs`."""
 
-    teacher: str = ""
+    teacher: str
     method: Literal["policy", "logits"] = "policy"
     puzzles: list[str] = ["countdown"]
-    data: list[str] = []
-    top: int = Field(16, ge=1)
     steps: int = Field(60, ge=1)
     prompts: int = Field(32, ge=1)
     samples: int = Field(4, ge=1)
     max_tokens: int = Field(200, ge=1)
+    data: list[str] = []
+    top: int = Field(16, ge=1)
     tokens_per_step: int = Field(4096, ge=8)
     epochs: float = Field(1.0, gt=0)
+    guard: Guard = Guard(sigma=0.0, patience=0)  # as in rl
 
 
 class Eval(Table):

@@ -101,6 +101,11 @@ class Tokenizer:
         return int(self._parsing.get_vocab_size(with_added_tokens=True))
 
     @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's name and id. Where two are equal, ids of the one mean the same to a model of the other."""
+        return dict(self._parsing.get_vocab(with_added_tokens=True))
+
+    @cached_property
     def begin(self) -> int:
         return self._configured("bos_token")
 
@@ -346,9 +351,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     least = BYTES + len(SPECIALS)
     if vocab_size < least:
-        raise BadInput(
-            f"vocabulary of {vocab_size} is smaller than the byte alphabet and the {len(SPECIALS)} special tokens; take at least {least}"
-        )
+        raise BadInput(f"vocabulary of {vocab_size} is smaller than the byte alphabet and the special tokens; take at least {least}")
     backend = tokenizers.Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -1,9 +1,10 @@
 """From samples to batches: documents packed into rows without cutting or mixing them.
 
 A batch carries tokens, positions, document ids and per-token weight streams; whoever fills the streams decides what is learnt
-(`ce` cross-entropy, `rl` policy gradient, `kl` distance to a reference). A stream's value at t belongs to the token at t, which
-is predicted from what stands before it; so the first token of a document never carries weight. What has more dimensions than the tokens
-is no weight but a record of them (`routes`, the experts of each layer), and keeps its type.
+(`ce` cross-entropy, `rl` policy gradient, `kl` distance to a reference, `soft` a teacher's distribution). A stream's value at t belongs to
+the token at t, which is predicted from what stands before it; so the first token of a document never carries weight. What has more
+dimensions than the tokens is no weight but a record of them (`routes`, the experts of each layer; `top_ids`, a teacher's tokens), and
+keeps its type.
 
 Shapes: B rows, T tokens a row.
 """

@@ -19,6 +19,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         n_routed_experts=8, num_experts_per_tok=2, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
         vocab_size=1024, tie_word_embeddings=True, initializer_range=0.05,
     ),
+    # Dense students of the shape of Qwen3: nano-dense takes about as much arithmetic for a token as nano.
+    "nano-dense": dict(
+        model_type="qwen3", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        intermediate_size=384, vocab_size=1024, tie_word_embeddings=True, initializer_range=0.05,
+    ),
     "mini": dict(
         hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768, moe_intermediate_size=192,
         n_routed_experts=16, num_experts_per_tok=4, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
@@ -40,10 +45,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def from_recipe(table: dict[str, Any]) -> ModelConfig:
-    """`[model]` of a recipe: `preset` plus any field of ModelConfig. Unknown names and impossible shapes are BadInput."""
+def from_recipe(table: dict[str, Any], where: str = "model") -> ModelConfig:
+    """`[model]` of a recipe, or another table `where`: `preset` plus any field of ModelConfig. Unknown names and impossible shapes are
+    BadInput."""
     table = dict(table)
     name = table.pop("preset", None)
     if name is not None and name not in PRESETS:
-        raise BadInput(f"model.preset '{name}' is unknown{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}.")
-    return ModelConfig.checked({**PRESETS.get(name or "", {}), **table}, "model")
+        raise BadInput(f"{where}.preset '{name}' is unknown{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}.")
+    return ModelConfig.checked({**PRESETS.get(name or "", {}), **table}, where)

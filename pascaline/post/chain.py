@@ -87,9 +87,9 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
 
 def _work(name: str) -> Any:
     """The function that does a stage."""
-    from pascaline.post import evaluation, reject, rl, sft, stages
+    from pascaline.post import distil, evaluation, reject, rl, sft, stages
 
-    chained = {"sft": sft.sft, "rl": rl.rl, "reject": reject.reject, "eval": evaluation.evaluate}
+    chained = {"sft": sft.sft, "rl": rl.rl, "reject": reject.reject, "distil": distil.distil, "eval": evaluation.evaluate}
     return chained.get(kind(name)) or getattr(stages, kind(name))
 
 

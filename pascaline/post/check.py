@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import random
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pascaline.data import puzzles
@@ -18,7 +19,7 @@ from pascaline.post import verifiers
 from pascaline.post.check_chain import check_chain
 from pascaline.post.confession import turn
 from pascaline.recipe import Recipe
-from pascaline.tables import KINDS, Extend, Pretrain, Puzzle, Sft, kind
+from pascaline.tables import KINDS, Distil, Extend, Pretrain, Puzzle, Sft, kind
 from pascaline.tokenizer import BYTES, SPECIALS, Tokenizer
 
 
@@ -34,7 +35,9 @@ def check(recipe: Recipe) -> None:
                        f"take at least {least}.")  # fmt: skip
     _check_positions(recipe)
     for name in recipe.stages:
-        if kind(name) == "rl" and getattr(recipe, name).compile:
+        if kind(name) == "distil":
+            _check_distil(recipe, name)
+        if _samples(recipe, name) and getattr(recipe, name).compile:
             raise BadInput(f"{name}.compile: the engine samples with the layers that are trained, in ever other shapes; compile the other "
                            "stages.")  # fmt: skip
     _check_puzzles(recipe)
@@ -58,7 +61,7 @@ def _check_positions(recipe: Recipe) -> None:
             _check_extend(recipe, there)
             there = recipe.extend.length
         elif getattr(stage, "model", None):
-            there = model_config(recipe, recipe.tokenizer.vocab_size, stage.model).max_position_embeddings
+            there = model_config(recipe, recipe.tokenizer.vocab_size, stage.model, f"{name}.model").max_position_embeddings
         positions[name] = there
         asked = getattr(stage, "confession", None)
         if asked and stage.max_tokens + asked.max_tokens >= there:
@@ -159,7 +162,39 @@ def _check_start(recipe: Recipe) -> None:
     _ = own.end, own.end_of_turn
 
 
-def model_config(recipe: Recipe, vocab_size: int, shape: dict[str, Any] | None = None) -> ModelConfig:
+def _samples(recipe: Recipe, name: str) -> bool:
+    """Whether a stage trains on what its model says."""
+    return kind(name) == "rl" or (kind(name) == "distil" and getattr(recipe, name).method == "policy")
+
+
+def _check_distil(recipe: Recipe, name: str) -> None:
+    """The teacher must be there by then, and speak the student's vocabulary."""
+    stage: Distil = getattr(recipe, name)
+    earlier = [model for model in recipe.models if recipe.stages.index(model) < recipe.stages.index(name)]
+    if stage.teacher in earlier:
+        if stage.teacher == recipe.before(name):
+            raise BadInput(f"{name}.teacher = '{stage.teacher}' is what the student starts from: there is nothing to learn; name another.")
+    elif stage.teacher in recipe.stages or not (Path(stage.teacher) / "config.json").is_file():
+        listed = ", ".join(earlier) or "none"
+        raise BadInput(f"{name}.teacher = '{stage.teacher}' is neither an earlier stage with a model ({listed}) nor a model folder"
+                       f"{nearest(stage.teacher, earlier) or '.'}")  # fmt: skip
+    elif recipe.start:  # else the vocabulary is still to be learnt
+        check_shared(Tokenizer.load(recipe.start), Path(stage.teacher), name)
+    if stage.method == "logits" and not stage.data and not any(table.examples for table in recipe.puzzles.values()):
+        raise BadInput(f"{name} has no chats to ask the teacher about: name some in {name}.data, or give a puzzle some examples.")
+
+
+def check_shared(own: Tokenizer, teacher: Path, name: str) -> None:
+    """Refuse a teacher with another vocabulary: its ids mean other words."""
+    other = Tokenizer.load(teacher)
+    if own.vocabulary != other.vocabulary:
+        shared = len(own.vocabulary.items() & other.vocabulary.items())
+        raise BadInput(f"{name}: {teacher} has another vocabulary than the student ({other.vocab_size} tokens, {own.vocab_size} here, "
+                       f"{shared} the same), so the two cannot be compared token by token; let it write answers in a chain of its own "
+                       "(reject), and teach their text with sft (its `data` takes the chats.jsonl).")  # fmt: skip
+
+
+def model_config(recipe: Recipe, vocab_size: int, shape: dict[str, Any] | None = None, where: str = "model") -> ModelConfig:
     """The recipe's model, or that of a stage with a `shape` of its own, over a vocabulary; impossible shapes and unknown names are
     BadInput."""
     if recipe.start and not shape:
@@ -168,14 +203,15 @@ def model_config(recipe: Recipe, vocab_size: int, shape: dict[str, Any] | None =
         return read_config(recipe.start)
     shape = shape or recipe.model
     if "vocab_size" in shape:
-        raise BadInput("model.vocab_size follows from the tokenizer; set tokenizer.vocab_size instead.")
-    return from_recipe({**shape, "vocab_size": vocab_size})
+        raise BadInput(f"{where}.vocab_size follows from the tokenizer; set tokenizer.vocab_size instead.")
+    return from_recipe({**shape, "vocab_size": vocab_size}, where)
 
 
 def _check_puzzles(recipe: Recipe) -> None:
     for name, table in recipe.puzzles.items():
         _check_family(name, table)
-    asked = {f"{name}.puzzles": getattr(recipe, name).puzzles for name in recipe.stages if hasattr(getattr(recipe, name), "puzzles")}
+    asked = {f"{name}.puzzles": getattr(recipe, name).puzzles for name in recipe.stages if hasattr(getattr(recipe, name), "puzzles")
+             and getattr(getattr(recipe, name), "method", "") != "logits"}  # fmt: skip
     for where, names in asked.items():
         if not names or set(names) - set(recipe.puzzles):
             raise BadInput(f"{where} = {names} must name puzzles of the recipe ({', '.join(recipe.puzzles) or 'it has none'}).")

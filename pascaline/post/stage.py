@@ -96,6 +96,9 @@ def record(run: Run, name: str) -> None:
         parents = [run.folder(p) for p in needed(run.recipe, name)]
     if run.recipe.start and (name == "tokenizer" or (name in (*run.recipe.models, *run.recipe.chain) and run.recipe.before(name) is None)):
         parents.append(run.recipe.start)
+    teacher = getattr(getattr(run.recipe, name, None), "teacher", "")
+    if teacher and teacher not in stages:
+        parents.append(teacher)
     lineage(run.folder(name), parents=parents, seed=run.recipe.seed, cost=stage_cost(run.out, name),
             accelerator=None if run.device.type == "cpu" else str(run.device), dtype=str(run.dtype), stage=name)  # fmt: skip
 

@@ -163,7 +163,11 @@ def pretrain(run: Run, name: str) -> dict[str, Any]:
     if run.recipe.start and not stage.model:
         model, first = stored(run.recipe.start, run.device, run.ranks)
     else:
-        shape = model_config(run.recipe, run.tokenizer().vocab_size, stage.model)
+        own = run.tokenizer()
+        shape = model_config(run.recipe, own.vocab_size, stage.model, f"{name}.model")
+        if run.recipe.start:  # a shape knows the special tokens of our own tokenizers only
+            ids = {"bos_token_id": next(iter(own.prefix), None), "eos_token_id": own.end_of_turn, "pad_token_id": own.pad}
+            shape = shape.model_copy(update=ids)
         model, first = drawn(shape, run.recipe.seed, run.device, run.ranks)
     row, shards = stage.sequence_length, Corpus(run.folder("tokenizer") / "shards")
     samples = CorpusSamples(shards, row, run.recipe.corpus.held_out)

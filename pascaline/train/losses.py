@@ -1,6 +1,7 @@
-"""One loss for every stage: ce + rl + kl + report + mtp + balance + z, each a weighted sum over tokens divided by its own total weight.
+"""One loss for every stage: ce + rl + kl + report + soft + mtp + balance + z, each a weighted sum over tokens divided by its own total
+weight.
 
-Shapes: B rows, T tokens, m tokens that carry any weight.
+Shapes: B rows, T tokens, m tokens that carry any weight, k of a teacher's tokens at each.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,9 +15,10 @@ from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
 from pascaline.train.policy import FAR, Policy, distance, fresh, policy_loss
 
-WEIGHTS = ("ce", "rl", "kl", "report")
+WEIGHTS = ("ce", "rl", "kl", "report", "soft")
 PARTS = (*WEIGHTS, "mtp", "balance", "z")
 CHUNK = 512  # tokens whose logits exist at a time
+LEAST = 1e-30  # of the probability that a student leaves for the tokens outside of a teacher's k: its logarithm stays finite
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,9 @@ class Loss:
     z: float = 0.0
     mtp_apart: bool = False
 
-    @property
-    def mtp_stream(self) -> str:
-        """Whose tokens the multi-token loss lies on."""
-        return "rl" if self.mtp_apart else "ce"
+    def mtp_stream(self, weights: Iterable[str]) -> str:
+        """Whose tokens the multi-token loss lies on, in a step with these streams."""
+        return "rl" if self.mtp_apart else "soft" if "soft" in weights else "ce"
 
 
 def totals(batches: Iterable[Batch]) -> dict[str, float]:
@@ -62,10 +63,11 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     weights = {n: batch.weight(n) for n in WEIGHTS if total.get(n)}
     target = batch.tokens[:, 1:].flatten()[keep]
     kept = hidden[:, :-1].flatten(0, 1).index_select(0, keep)
-    logprob, log_z, entropy = token_logprobs(kept, model.head_weight, target, with_entropy="rl" in weights)
+    named = len(keep) if weights.keys() - {"soft"} else 0  # a teacher's k tokens need no other's log-probability
+    logprob, log_z, entropy = token_logprobs(kept[:named], model.head_weight, target[:named], with_entropy="rl" in weights)
 
     def stream(name: str) -> Tensor:
-        return batch.streams[name][:, 1:].flatten()[keep]
+        return batch.streams[name][:, 1:].flatten(0, 1)[keep]
 
     parts: dict[str, Tensor] = {}
     if "ce" in weights:
@@ -94,8 +96,12 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
             logprob, logprob - stream("old_logprob"), stream("advantage"), _answers(batch)[keep], w_r.ne(0).float(), rule.policy
         )
         parts["report"] = (w_r * loss).sum() / total["report"]
-    if rule.mtp and rule.mtp_stream in weights:
-        mtp, mtp_routings = _mtp(model, batch, hidden, total[rule.mtp_stream], rule)
+    if "soft" in weights:
+        nats = soft_loss(kept, model.head_weight, stream("top_ids").long(), stream("top_logprobs"))
+        parts["soft"] = (weights["soft"][keep] * nats).sum() / total["soft"]
+    spoken = rule.mtp_stream(weights)
+    if rule.mtp and spoken in weights:
+        mtp, mtp_routings = _mtp(model, batch, hidden, spoken, total[spoken], rule.mtp_apart)
         parts["mtp"] = rule.mtp * mtp
         routings += mtp_routings
     real = batch.document_ids >= 0
@@ -191,6 +197,69 @@ def token_logprobs(
     return _TokenLogprobs.apply(hidden_mD, weight_VD, target_m, with_entropy)
 
 
+class _SoftLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_mD: Tensor, weight_VD: Tensor, ids_mk: Tensor, logprobs_mk: Tensor):  # type: ignore[no-untyped-def]
+        p_mk = logprobs_mk.exp()
+        whole = ids_mk.shape[1] == len(weight_VD)  # then nothing is left, whatever rounding says
+        rest_m = torch.zeros_like(p_mk[:, 0]) if whole else (1 - p_mk.sum(-1)).clamp(min=0)
+        loss = -torch.special.entr(p_mk).sum(-1) - torch.special.entr(rest_m)
+        log_z, log_rest = (torch.empty_like(rest_m) for _ in range(2))
+        for span, logits in _logits(hidden_mD, weight_VD):
+            ids = ids_mk[span]
+            top = logits.gather(1, ids)
+            largest = logits.amax(-1, keepdim=True)
+            share = logits.sub_(largest).exp_()
+            log_z[span] = share.sum(-1).log_() + largest.squeeze(1)
+            # What is left is added up, not taken from 1: a student that is sure leaves less than 1's rounding.
+            log_rest[span] = share.scatter_(1, ids, 0.0).sum(-1).clamp_(min=LEAST).log_() + largest.squeeze(1)
+            loss[span] -= (p_mk[span] * (top - log_z[span, None])).sum(-1)
+        ctx.save_for_backward(hidden_mD, weight_VD, ids_mk, p_mk, rest_m, log_z, log_rest)
+        return loss - rest_m * (log_rest - log_z)
+
+    @staticmethod
+    def backward(ctx, grad_m: Tensor):  # type: ignore[no-untyped-def]
+        hidden_mD, weight_VD, ids_mk, p_mk, rest_m, log_z, log_rest = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_mD)
+        grad_weight = torch.zeros(weight_VD.shape, device=weight_VD.device) if ctx.needs_input_grad[1] else None
+        outside_m = 1 - rest_m * (log_z - log_rest).exp()
+        for span, logits in _logits(hidden_mD, weight_VD):
+            # d(loss)/d(logits) = q - p at the teacher's k tokens, q (1 - p_rest / q_rest) at all others
+            q = logits.sub_(log_z[span, None]).exp_()
+            inside = q.gather(1, ids_mk[span]) - p_mk[span]
+            slope = q.mul_(outside_m[span, None]).scatter_(1, ids_mk[span], inside).mul_(grad_m[span, None]).to(hidden_mD.dtype)
+            torch.mm(slope, weight_VD, out=grad_hidden[span])
+            if grad_weight is not None:
+                grad_weight += slope.t() @ hidden_mD[span]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None
+
+
+def soft_loss(hidden_mD: Tensor, weight_VD: Tensor, ids_mk: Tensor, logprobs_mk: Tensor) -> Tensor:
+    """KL(teacher || student) in nats [m], float32, of what is known of the teacher: the log-probabilities of k different tokens, and that
+    all others together have what is left of 1.
+
+    Both distributions are over k + 1 outcomes, the k tokens and "any other": sum p_i log(p_i / q_i) + p_rest log(p_rest / q_rest). It is
+    smallest where each of the k has the teacher's own probability. Without the last term, and so too with the k scaled up to sum to 1, it
+    is smallest where they have p_i / (1 - p_rest): a student of such targets is too sure, the more the less k covers (Sparse Logit
+    Sampling, arXiv 2503.16870). Merging outcomes never adds to a KL, so this is at most the whole one, and equal to it at k = V.
+
+    Logits exist for CHUNK tokens at a time, as in token_logprobs.
+    """
+    return _SoftLoss.apply(hidden_mD, weight_VD, ids_mk, logprobs_mk)
+
+
+@torch.no_grad()
+def top_logprobs(hidden_mD: Tensor, weight_VD: Tensor, top: int, below: int) -> tuple[Tensor, Tensor]:
+    """The `top` most probable of the ids under `below`, the most probable first: int64 [m, top], and their log-probabilities among all V,
+    float32 [m, top]."""
+    ids = torch.empty(len(hidden_mD), top, dtype=torch.long, device=hidden_mD.device)
+    logprobs = torch.empty(ids.shape, device=hidden_mD.device)
+    for span, logits in _logits(hidden_mD, weight_VD):
+        values, ids[span] = logits[:, :below].topk(top)
+        logprobs[span] = values - logits.logsumexp(-1, keepdim=True)
+    return ids, logprobs
+
+
 def sequence_balance(routing: Routing, real_BT: Tensor) -> Tensor:
     """sum_i f_i P_i of each row, times its tokens, summed over the rows: f_i the expert's share of the choices times E (1 when even),
     P_i the mean of its normalised score (DeepSeek-V3, arXiv 2412.19437 eq. 17-20, without alpha). A row is the sequence."""
@@ -218,15 +287,15 @@ def disagreement(routings: list[Routing], routes_BTLK: Tensor, real_BT: Tensor) 
     return (differs_Ln & real_BT.flatten()).sum() / len(routings)
 
 
-def _mtp(model: Model, batch: Batch, hidden: Tensor, total: float, rule: Loss) -> tuple[Tensor, list[Routing]]:
+def _mtp(model: Model, batch: Batch, hidden: Tensor, stream: str, total: float, is_apart: bool) -> tuple[Tensor, list[Routing]]:
     """Mean over depths k of the cross-entropy of token t + 1 + k from position t, where it lies in the same document."""
     losses, routings = [], []
-    head = model.head_weight.detach() if rule.mtp_apart else model.head_weight
-    depths = model.mtp_hidden(hidden, batch.tokens, batch.positions, batch.document_ids, rule.mtp_apart)
+    head = model.head_weight.detach() if is_apart else model.head_weight
+    depths = model.mtp_hidden(hidden, batch.tokens, batch.positions, batch.document_ids, is_apart)
     for k, (states, routing) in enumerate(depths, 1):
         ahead = 1 + k
         same = batch.document_ids[:, ahead:] == batch.document_ids[:, :-ahead]
-        weight = (batch.weight(rule.mtp_stream).view(len(same), -1)[:, k:] * same).flatten()
+        weight = (batch.weight(stream).view(len(same), -1)[:, k:] * same).flatten()
         logprob, *_ = token_logprobs(states[:, :-ahead].flatten(0, 1), head, batch.tokens[:, ahead:].flatten())
         losses.append(-(weight * logprob).sum() / total)
         if routing is not None:
