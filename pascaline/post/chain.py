@@ -87,9 +87,9 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
 
 def _work(name: str) -> Any:
     """The function that does a stage."""
-    from pascaline.post import evaluation, rl, sft, stages
+    from pascaline.post import evaluation, prefer, rl, sft, stages
 
-    chained = {"sft": sft.sft, "rl": rl.rl, "eval": evaluation.evaluate}
+    chained = {"sft": sft.sft, "prefer": prefer.prefer, "rl": rl.rl, "eval": evaluation.evaluate}
     return chained.get(kind(name)) or getattr(stages, kind(name))
 
 

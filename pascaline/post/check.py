@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pascaline.data import puzzles
+from pascaline.data import pairs, puzzles
 from pascaline.data.build import FILTERS
 from pascaline.data.puzzles.families import Family
 from pascaline.data.quality import script
@@ -16,7 +16,7 @@ from pascaline.model.config import ModelConfig
 from pascaline.model.presets import from_recipe
 from pascaline.post import verifiers
 from pascaline.recipe import Recipe
-from pascaline.tables import KINDS, Extend, Pretrain, Puzzle, Sft, kind
+from pascaline.tables import KINDS, Extend, Prefer, Pretrain, Puzzle, Sft, kind
 from pascaline.tokenizer import BYTES, SPECIALS, Tokenizer
 
 
@@ -177,8 +177,23 @@ def _check_puzzles(recipe: Recipe) -> None:
         stage = getattr(recipe, name)
         if kind(name) == "sft" and not stage.data and not any(t.examples for t in recipe.puzzles.values()):
             raise BadInput(f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000).")
+        if isinstance(stage, Prefer):
+            _check_pairs(recipe, name, stage)
         for verifier in getattr(stage, "rewards", ()):
             verifiers.get(verifier)
+
+
+def _check_pairs(recipe: Recipe, name: str, stage: Prefer) -> None:
+    """The files must hold pairs; which stages write some is known by their kind."""
+    writers = [s for s in recipe.chain[: recipe.chain.index(name)] if kind(s) == "reject"]
+    if not stage.data:
+        raise BadInput(f"{name} has nothing to learn from: name files of pairs, or earlier stages that write some, in {name}.data.")
+    for source in stage.data:
+        if source in recipe.stages and source not in writers:
+            listed = ", ".join(writers) or "none; [reject] would be one"
+            raise BadInput(f"{name}.data: '{source}' is no earlier stage that writes pairs (there are {listed}).")
+        if source not in recipe.stages:
+            pairs.read(source)
 
 
 def _check_family(name: str, table: Puzzle) -> None:

@@ -1,4 +1,5 @@
-"""One loss for every stage: ce + rl + kl + mtp + balance + z, each a weighted sum over tokens divided by its own total weight.
+"""One loss for every stage: ce + rl + kl + pair + score + mtp + balance + z, each a weighted sum over tokens (pair and score: a sum over
+pairs of answers) divided by its own total weight.
 
 Shapes: B rows, T tokens, m tokens that carry any weight.
 """
@@ -12,22 +13,26 @@ from torch import Tensor
 from pascaline.data.batch import Batch, moved
 from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
+from pascaline.train import preference
 from pascaline.train.policy import FAR, Policy, distance, policy_loss
+from pascaline.train.preference import Preference
 
-WEIGHTS = ("ce", "rl", "kl")
+WEIGHTS = ("ce", "rl", "kl", *preference.PAIRED)
 PARTS = (*WEIGHTS, "mtp", "balance", "z")
 CHUNK = 512  # tokens whose logits exist at a time
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Constants of the loss. policy: of what sampled tokens teach; mtp: weight of the multi-token loss (arXiv 2412.19437 eq. 25); balance:
-    of the sequence-wise balance loss (eq. 17 there); z: of the squared log-partition of the head (PaLM, arXiv 2204.02311 section 5).
+    """Constants of the loss. policy: of what sampled tokens teach; preference: of what pairs teach; mtp: weight of the multi-token loss
+    (arXiv 2412.19437 eq. 25); balance: of the sequence-wise balance loss (eq. 17 there); z: of the squared log-partition of the head
+    (PaLM, arXiv 2204.02311 section 5).
 
     mtp_apart: the multi-token loss lies on the tokens of `rl`, whatever their advantage, and teaches the MTP modules alone: they follow
     the policy, which learns as if they were not there."""
 
     policy: Policy = field(default_factory=Policy)
+    preference: Preference = field(default_factory=Preference)
     mtp: float = 0.0
     balance: float = 0.0
     z: float = 0.0
@@ -40,12 +45,14 @@ class Loss:
 
 
 def totals(batches: Iterable[Batch]) -> dict[str, float]:
-    """Total weight of each stream over a whole optimizer step, and `tokens`, how many are not padding."""
+    """Total weight of each stream over a whole optimizer step (of pairs their number), and `tokens`, how many are not padding."""
     out: dict[str, float] = {"tokens": 0}
     for batch in batches:
         out["tokens"] += int((batch.document_ids >= 0).sum())
         for name in WEIGHTS:
-            out[name] = out.get(name, 0.0) + float(batch.weight(name).double().sum())
+            weight = batch.weight(name)
+            own = preference.count(weight) if name in preference.PAIRED else weight.double().sum()
+            out[name] = out.get(name, 0.0) + float(own)
     return out
 
 
@@ -53,7 +60,8 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     """This micro-batch's share of the step's loss (a scalar with gradient), detached parts to log (shares that add up over the
     micro-batches), and expert loads [L, E] with the MTP modules' routers last. The batch may still lie in the host's memory: then
     nothing here waits for the device."""
-    keep = moved(_counting(batch, total), model.device)
+    counting = _counting(batch, total)
+    pairs, keep = preference.found(batch, total, counting), moved(counting, model.device)
     batch = batch.to(model.device)
     hidden, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids)
     weights = {n: batch.weight(n) for n in WEIGHTS if total.get(n)}
@@ -77,6 +85,8 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     if "kl" in weights:
         apart = distance(logprob, stream("ref_logprob"), log_ratio, rule.policy)
         parts["kl"] = rule.policy.kl * (weights["kl"][keep] * apart).sum() / total["kl"]
+    paired, paired_logs = preference.parts(model, batch, hidden, logprob, pairs, total, rule.preference)
+    parts |= paired
     if rule.mtp and rule.mtp_stream in weights:
         mtp, mtp_routings = _mtp(model, batch, hidden, total[rule.mtp_stream], rule)
         parts["mtp"] = rule.mtp * mtp
@@ -85,7 +95,7 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     if rule.balance and routings:
         shares = [sequence_balance(routing, real) for routing in routings]
         parts["balance"] = rule.balance * torch.stack(shares).sum() / total["tokens"]
-    logs = {name: part.detach() for name, part in parts.items()}
+    logs = {name: part.detach() for name, part in parts.items()} | paired_logs
     if routings:
         with torch.no_grad():
             logs["router_entropy"] = torch.stack([router_entropy(routing, real) for routing in routings]) / total["tokens"]
