@@ -39,6 +39,8 @@ class Runs:
 
     def sums(self, values_k: Tensor) -> Tensor:
         """Of each answer, float32 [n, 2], with gradient. No atomic additions, so the bits are the same every time."""
+        if not len(values_k):  # a micro-batch without pairs still has a graph
+            return values_k.float().view(0, 2)
         return torch.segment_reduce(values_k.float(), "sum", lengths=self.lengths, unsafe=True).view(-1, 2)
 
 
@@ -60,7 +62,8 @@ def found(batch: Batch, total: dict[str, float], counting: Tensor) -> dict[str, 
     """The pairs of a micro-batch, by stream. counting: where any stream has weight. Of a batch on the host this waits for no device."""
     out: dict[str, Runs] = {}
     for name in PAIRED:
-        if total.get(name) and len(at := (weight := batch.weight(name)).nonzero().squeeze(1)):
+        if total.get(name):
+            at = (weight := batch.weight(name)).nonzero().squeeze(1)
             out[name] = Runs(at, torch.searchsorted(counting, at), _lengths(weight[at]))
     return out
 
@@ -75,7 +78,7 @@ def parts(
     own = {name: Runs(*(moved(t, model.device) for t in (runs.at, runs.inside, runs.lengths))) for name, runs in pairs.items()}
     if runs := own.get("pair"):
         weight, answers = batch.weight("pair")[runs.at].abs(), logprob[runs.inside]
-        reference = batch.streams["ref_logprob"][:, 1:].flatten()[runs.at]
+        reference = batch.streams["ref_logprob"][:, 1:].flatten()[runs.at] if len(runs.at) else answers  # an empty row has no streams
         change = runs.sums(weight * (answers - reference))
         out["pair"] = pair_loss(change, rule).sum() / total["pair"]
         told = told_of_pairs(runs.sums(weight * answers.detach()), change.detach(), rule.beta)
