@@ -95,7 +95,7 @@ def pair_loss(change_n2: Tensor, rule: Preference) -> Tensor:
     """Loss of each pair [n]. change_n2: log pi(y|x) - log pi_ref(y|x) of both answers, h their difference:
 
     - "sigmoid": -log sigmoid(beta h). DPO (arXiv 2305.18290 eq. 7) where the log-probabilities are sums over the answer's tokens;
-      length-normalised DPO (Tulu 3, arXiv 2411.15124 section 5.1) where they are means.
+      length-normalised DPO (Tulu 3, arXiv 2411.15124 section 5) where they are means.
     - "ipo": (h - 1 / (2 beta))^2 (arXiv 2310.12036 eq. 17, tau = beta), on means: the paper writes the log-probability of the answer, and
       TRL's source says that its authors confirmed the division by length.
     """

@@ -104,9 +104,12 @@ def test_a_reward_model_learns_to_score_a_letter(start: Path, tmp_path: Path) ->
     assert score.shape == (200,) and (score[0::2] > score[1::2]).mean() > 0.7
     alone = np.array([float(model.scores([chat])[0]) for chat in chats[:20]])
     assert np.abs(score[:20] - alone).max() < 1e-4 and np.abs(model.scores(chats[::-1])[::-1] - score).max() < 1e-4
+    packed = model.scores([_chat("a long one " * 9, "z"), *chats])[1:]  # several share its row
+    assert np.abs(packed - score).max() < 1e-4
     ids = [model.ids(chat) for chat in chats[:3]]
     assert model.scores(ids).tolist() == pytest.approx(alone[:3], abs=1e-4) and model.scores([]).shape == (0,)
-    assert model.scores([[*ids[0][:-1]]]) != pytest.approx(alone[:1], abs=1e-4)  # the last token is what is read
+    hidden, _ = model.model.hidden(torch.tensor([ids[0]]))
+    assert alone[0] == pytest.approx(float((hidden[0, -1] @ model.model.reward_head.weight).detach()), abs=1e-4)
 
 
 def test_a_reward_model_in_bf16_has_a_head_in_float32(start: Path, tmp_path: Path) -> None:
