@@ -88,10 +88,11 @@ def _fitting(run: Run, name: str, room: int) -> tuple[list[Pair], list[Sample], 
             continue
         pairs.append(pair)
         samples.append(own)
-    with run.progress(f"{name} pairs", len(pairs) + left.total(), "pair") as progress:
-        progress.update(len(pairs) + left.total())
-        for why, count in left.items():
-            progress.note(f"{count} of {len(pairs) + left.total()} pairs left out: {why} (the first: {examples[why]})")
+    if left:
+        with run.progress(f"{name} pairs", len(pairs) + left.total(), "pair") as progress:
+            progress.update(len(pairs) + left.total())
+            for why, count in left.items():
+                progress.note(f"{count} of {len(pairs) + left.total()} pairs left out: {why} (the first: {examples[why]})")
     if not pairs:
         raise BadInput(f"{name} has no pair to learn from: {', '.join(f'{why} ({n})' for why, n in left.items())}.")
     return pairs, samples, left
