@@ -279,11 +279,12 @@ class Rl(Stage):
 
 class Prefer(Stage):
     """Learning from pairs of answers, of which one is better. method: what the margin between them teaches: "sigmoid" (DPO, arXiv
-    2305.18290), "ipo" (arXiv 2310.12036), "norm" (DPO on log-probabilities per token, of Tulu 3, arXiv 2411.15124), all with `beta`;
-    or "reward", a Bradley-Terry reward model: a head on the same trunk, saved beside it (docs/post-training.md).
+    2305.18290), "ipo" (arXiv 2310.12036), "norm" (DPO on log-probabilities per token, of Tulu 3, arXiv 2411.15124), all with `beta`
+    (0.1; with "norm" Tulu's 5); or "reward", a Bradley-Terry reward model: a head on the same trunk, saved beside it
+    (docs/post-training.md). MTP modules stay as they are.
 
-    data: files of pairs, or earlier stages that wrote some; held_out: share of the pairs, by their prompts' hash, that accuracy and
-    calibration are measured on."""
+    data: files of pairs, or earlier stages that wrote some; held_out: share of the prompts, by their hash, on whose pairs accuracy and
+    calibration are measured."""
 
     method: Literal["sigmoid", "ipo", "norm", "reward"] = "sigmoid"
     data: list[str] = []
@@ -291,6 +292,13 @@ class Prefer(Stage):
     held_out: float = Field(0.1, gt=0, lt=1)
     tokens_per_step: int = Field(4096, ge=8)
     epochs: float = Field(1.0, gt=0)
+    lr: float = Field(1e-4, gt=0)
+    guard: Guard = Guard(sigma=0.0, patience=0)  # a margin's gradient comes and goes in good health
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scaled(cls, raw: Any) -> Any:
+        return {"beta": 5.0, **raw} if isinstance(raw, dict) and raw.get("method") == "norm" else raw
 
 
 class Reject(Table):

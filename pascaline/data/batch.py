@@ -11,6 +11,7 @@ Shapes: B rows, T tokens a row.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,10 +24,12 @@ Streams = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Sample:
-    """One document: tokens [t] and streams, each [t] float32, or a record [t, ...] of any type."""
+    """One document: tokens [t] and streams, each [t] float32, or a record [t, ...] of any type. begins: where each of its documents begins,
+    of several that must stand side by side in one row (two answers of which one is better)."""
 
     tokens: np.ndarray
     streams: Streams
+    begins: tuple[int, ...] = (0,)
 
 
 @dataclass
@@ -90,16 +93,20 @@ def collate(rows: Sequence[Sequence[Sample]], row: int, pad: int) -> Batch:
     kinds = {name: stream for samples in rows for s in samples for name, stream in s.streams.items()}
     streams = {name: _room(shape, kinds[name]) for name in sorted(kinds)}
     for b, samples in enumerate(rows):
-        at = 0
-        for d, sample in enumerate(samples):
+        at = d = 0
+        for sample in samples:
             span = slice(at, at := at + len(sample.tokens))
             tokens[b, span] = sample.tokens
-            positions[b, span] = np.arange(len(sample.tokens))
-            documents[b, span] = d
             for name, stream in sample.streams.items():
                 streams[name][b, span] = stream
-                if stream.ndim == 1:
-                    streams[name][b, span.start] = 0.0  # nothing stands before it in its document
+            for begin, end in pairwise((*sample.begins, len(sample.tokens))):
+                own = slice(span.start + begin, span.start + end)
+                positions[b, own] = np.arange(end - begin)
+                documents[b, own] = d
+                d += 1
+                for name, stream in sample.streams.items():
+                    if stream.ndim == 1:
+                        streams[name][b, own.start] = 0.0  # nothing stands before it in its document
     numpy_streams = {name: torch.from_numpy(s) for name, s in streams.items()}
     return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(documents), numpy_streams)
 

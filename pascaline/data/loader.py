@@ -126,9 +126,13 @@ class Loader:
         """What stands in each micro-batch of that step: (row, document id in it) -> its name."""
         rows = self._rows(step)
         return [
-            {(b, d): self.samples.name(i) for b, row in enumerate(rows[at : at + self.micro]) for d, i in enumerate(row)}
+            {(b, d): self.samples.name(i) for b, row in enumerate(rows[at : at + self.micro]) for d, i in enumerate(self._each(row))}
             for at in range(0, len(rows), self.micro)
         ]
+
+    def _each(self, row: list[int]) -> list[int]:
+        """For each document of a row the sample that it is of."""
+        return [i for i in row for _ in self.samples.get(i).begins]
 
     def _rows(self, step: int) -> list[list[int]]:
         """The samples of each of this rank's rows of a step."""

@@ -23,6 +23,7 @@ SHARD_BYTES = 5 * 10**9
 _EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 # What V3 stores in fp8; embedding, head, norms, routers and eh_proj it does not.
 _IN_FP8 = re.compile(r".*\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
+HEAD = "reward_head.weight"  # is no part of a folder
 _DERIVED = ".self_attn.rotary_emb.inv_freq"  # some folders keep these; they follow from the config
 
 
@@ -94,6 +95,8 @@ def copies(config: ModelConfig) -> dict[str, str]:
 
 def on_disk(config: ModelConfig, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     """The tensors on disk that a tensor of ours is made of, as views of it."""
+    if name == HEAD:
+        return []
     experts = _EXPERTS.fullmatch(name)
     if experts:
         return [part for e, own in enumerate(tensor) for part in on_disk(config, f"{experts[1]}.{e}.{experts[2]}.weight", own)]

@@ -91,6 +91,18 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+class RewardHead(nn.Module):
+    """A score for a hidden state, [..., D] -> [...] float32: what a reward model has beside its trunk. It stands in no model folder
+    (model/hf.py leaves it out), and begins at zero: all answers are equal at first. Like a router it stays float32."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))  # a vector: the optimizer takes it for no matrix of a layer
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.float() @ self.weight
+
+
 class Model(nn.Module):
     """model(tokens [B, T]) -> logits [B, T, V]."""
 
@@ -100,6 +112,7 @@ class Model(nn.Module):
         self.activation_checkpointing = False
         self.flex = False  # attend by FlexAttention where there is no cache
         self.model = Trunk(config)
+        self.reward_head: RewardHead | None = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -191,7 +204,7 @@ class Model(nn.Module):
     def cast_(self, dtype: torch.dtype) -> "Model":
         """Change the compute dtype in place. Routers stay float32: a rounded score picks another expert."""
         for module in self.modules():
-            if not isinstance(module, Router):
+            if not isinstance(module, Router | RewardHead):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(dtype)
         return self

@@ -87,9 +87,10 @@ def _run(recipe: Recipe, out: Path, until: str | None, quiet: bool) -> dict[str,
 
 def _work(name: str) -> Any:
     """The function that does a stage."""
-    from pascaline.post import distil, evaluation, reject, rl, sft, stages
+    from pascaline.post import distil, evaluation, prefer, reject, rl, sft, stages
 
-    chained = {"sft": sft.sft, "rl": rl.rl, "reject": reject.reject, "distil": distil.distil, "eval": evaluation.evaluate}
+    chained = {"sft": sft.sft, "prefer": prefer.prefer, "rl": rl.rl, "reject": reject.reject, "distil": distil.distil,
+               "eval": evaluation.evaluate}  # fmt: skip
     return chained.get(kind(name)) or getattr(stages, kind(name))
 
 

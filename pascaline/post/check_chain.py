@@ -3,11 +3,11 @@
 from collections import deque
 from pathlib import Path
 
-from pascaline.data import chats
+from pascaline.data import chats, pairs
 from pascaline.errors import BadInput, nearest
 from pascaline.post import environments, verifiers
 from pascaline.recipe import Recipe
-from pascaline.tables import Sft, kind
+from pascaline.tables import Prefer, Sft, kind
 
 
 def check_chain(recipe: Recipe) -> None:
@@ -16,6 +16,8 @@ def check_chain(recipe: Recipe) -> None:
         stage = getattr(recipe, name)
         if kind(name) == "sft":
             _check_chats(recipe, name)
+        if isinstance(stage, Prefer):
+            _check_pairs(recipe, name, stage)
         judges = [earlier for earlier in recipe.chain[: recipe.chain.index(name)] if recipe.judges(earlier)]
         for verifier in (*getattr(stage, "rewards", ()), *getattr(stage, "checks", ())):
             if verifier not in judges:
@@ -45,3 +47,16 @@ def _check_chats(recipe: Recipe, name: str) -> None:
                 near = nearest(source, writers)
                 raise BadInput(f"{name}.data: there is no file '{source}', and no earlier stage of that name{near or '.'}")
             deque(chats.stream(source), maxlen=0)
+
+
+def _check_pairs(recipe: Recipe, name: str, stage: Prefer) -> None:
+    """The files must hold pairs; which stages write some is known by their kind."""
+    writers = [s for s in recipe.chain[: recipe.chain.index(name)] if kind(s) == "reject"]
+    if not stage.data:
+        raise BadInput(f"{name} has nothing to learn from: name files of pairs, or earlier stages that write some, in {name}.data.")
+    for source in stage.data:
+        if source in recipe.stages and source not in writers:
+            listed = ", ".join(writers) or "none; [reject] would be one"
+            raise BadInput(f"{name}.data: '{source}' is no earlier stage that writes pairs (there are {listed}).")
+        if source not in recipe.stages:
+            pairs.read(source)

@@ -21,6 +21,7 @@ from pascaline.train.losses import Loss
 from pascaline.train.metrics import Watch
 from pascaline.train.parallel import ALONE, Ranks, Rows
 from pascaline.train.policy import Policy
+from pascaline.train.preference import Preference
 from pascaline.train.sinks import Sinks
 
 TOGETHER = ("pretrain", "extend", "sft")  # kinds of stages that all ranks work at; the leader does the others alone
@@ -65,13 +66,16 @@ def loader(run: Run, stage: Any, samples: Samples, row: int, plan: Sequence[int]
 
 def train(
     run: Run, name: str, model: Model, source: Any, steps: int, first: Rows | None = None, policy: Policy | None = None,
-    watch: Watch | None = None,
+    preference: Preference | None = None, watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train the stage's model on a source's batches. policy: how sampled tokens teach, where they do; watch: who judges the steps."""
+    """Train the stage's model on a source's batches. policy: how sampled tokens teach; preference: how pairs of answers do; watch: who
+    judges the steps."""
     stage: Stage = getattr(run.recipe, name)
     rule = Loss(mtp=stage.mtp if model.config.num_nextn_predict_layers else 0.0, balance=stage.sequence_balance, z=stage.z_loss)
     if policy:
         rule = replace(rule, mtp_apart=True, policy=policy)
+    if preference:
+        rule = replace(rule, preference=preference)
     ranks = run.ranks if kind(name) in TOGETHER else ALONE
     trainer = Trainer(model, stage, rule, run.folder(name), name, run.dtype, ranks, first)
     if ranks.leader:

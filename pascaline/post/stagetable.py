@@ -14,7 +14,7 @@ from pascaline.post.verifiers import scores
 from pascaline.recipe import Recipe
 
 STYLE = ("format", "language")  # verifiers whose mean score stands in the table
-Judge = Callable[[list[list[int]]], Sequence[float]]
+Judge = Callable[[list[list[int]]], np.ndarray]
 
 
 def judge(run: Run) -> Judge | None:
@@ -24,7 +24,8 @@ def judge(run: Run) -> Judge | None:
         return None
     from pascaline.post.reward import RewardModel
 
-    return RewardModel.load(run.folder(name)).scores
+    model = RewardModel.load(run.folder(name))
+    return lambda answers: model.scores(answers)
 
 
 def measured(engine: Engine, result: Result, judge: Judge | None) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""One loss for every stage: ce + rl + kl + report + soft + mtp + balance + z, each a weighted sum over tokens divided by its own total
-weight.
+"""One loss for every stage: ce + rl + kl + report + soft + pair + score + mtp + balance + z, each a weighted sum over tokens (pair and
+score: over pairs of answers) divided by its own total weight.
 
 Shapes: B rows, T tokens, m tokens that carry any weight, k of a teacher's tokens at each.
 """
@@ -13,9 +13,11 @@ from torch import Tensor
 from pascaline.data.batch import Batch, moved
 from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
+from pascaline.train import preference
 from pascaline.train.policy import FAR, Policy, distance, fresh, policy_loss
+from pascaline.train.preference import Preference
 
-WEIGHTS = ("ce", "rl", "kl", "report", "soft")
+WEIGHTS = ("ce", "rl", "kl", "report", "soft", *preference.PAIRED)
 PARTS = (*WEIGHTS, "mtp", "balance", "z")
 CHUNK = 512  # tokens whose logits exist at a time
 LEAST = 1e-30  # of the probability that a student leaves for the tokens outside of a teacher's k: its logarithm stays finite
@@ -23,13 +25,15 @@ LEAST = 1e-30  # of the probability that a student leaves for the tokens outside
 
 @dataclass(frozen=True)
 class Loss:
-    """Constants of the loss. policy: of what sampled tokens teach; mtp: weight of the multi-token loss (arXiv 2412.19437 eq. 25); balance:
-    of the sequence-wise balance loss (eq. 17 there); z: of the squared log-partition of the head (PaLM, arXiv 2204.02311 section 5).
+    """Constants of the loss. policy: of what sampled tokens teach; preference: of what pairs teach; mtp: weight of the multi-token loss
+    (arXiv 2412.19437 eq. 25); balance: of the sequence-wise balance loss (eq. 17 there); z: of the squared log-partition of the head
+    (PaLM, arXiv 2204.02311 section 5).
 
     mtp_apart: the multi-token loss lies on the tokens of `rl`, whatever their advantage, and teaches the MTP modules alone: they follow
     the policy, which learns as if they were not there."""
 
     policy: Policy = field(default_factory=Policy)
+    preference: Preference = field(default_factory=Preference)
     mtp: float = 0.0
     balance: float = 0.0
     z: float = 0.0
@@ -41,12 +45,14 @@ class Loss:
 
 
 def totals(batches: Iterable[Batch]) -> dict[str, float]:
-    """Total weight of each stream over a whole optimizer step, and `tokens`, how many are not padding."""
+    """Total weight of each stream over a whole optimizer step (of pairs their number), and `tokens`, how many are not padding."""
     out: dict[str, float] = {"tokens": 0}
     for batch in batches:
         out["tokens"] += int((batch.document_ids >= 0).sum())
         for name in WEIGHTS:
-            out[name] = out.get(name, 0.0) + float(batch.weight(name).double().sum())
+            weight = batch.weight(name)
+            own = preference.count(weight) if name in preference.PAIRED else weight.double().sum()
+            out[name] = out.get(name, 0.0) + float(own)
     return out
 
 
@@ -54,51 +60,29 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     """This micro-batch's share of the step's loss (a scalar with gradient), detached parts to log (shares that add up over the
     micro-batches; of NAME_max the largest counts), and expert loads [L, E] with the MTP modules' routers last. The batch may still lie in
     the host's memory: then nothing here waits for the device."""
-    keep = moved(_counting(batch, total), model.device)
+    counting = _counting(batch, total)
+    pairs, keep = preference.found(batch, total, counting), moved(counting, model.device)
     batch = batch.to(model.device)
     routes = batch.streams.get("routes")
     given = routes if rule.policy.replay else None
     hidden, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids, routes_BTLK=given)
     rerouted = None if routes is None else disagreement(routings, routes, batch.document_ids >= 0) / total["tokens"]
-    weights = {n: batch.weight(n) for n in WEIGHTS if total.get(n)}
+    weights = {n: batch.weight(n)[keep] for n in WEIGHTS if total.get(n)}
     target = batch.tokens[:, 1:].flatten()[keep]
     kept = hidden[:, :-1].flatten(0, 1).index_select(0, keep)
-    named = len(keep) if weights.keys() - {"soft"} else 0  # a teacher's k tokens need no other's log-probability
-    logprob, log_z, entropy = token_logprobs(kept[:named], model.head_weight, target[:named], with_entropy="rl" in weights)
-
-    def stream(name: str) -> Tensor:
-        return batch.streams[name][:, 1:].flatten(0, 1)[keep]
-
+    logprob, log_z, entropy = token_logprobs(kept, model.head_weight, target, with_entropy="rl" in weights)
+    streams = {name: stream[:, 1:].flatten(0, 1)[keep] for name, stream in batch.streams.items()}
     parts: dict[str, Tensor] = {}
     if "ce" in weights:
-        parts["ce"] = -(weights["ce"][keep] * logprob).sum() / total["ce"]
+        parts["ce"] = -(weights["ce"] * logprob).sum() / total["ce"]
         if rule.z:
-            parts["z"] = rule.z * (weights["ce"][keep] * log_z.square()).sum() / total["ce"]
-    log_ratio = None
-    if "rl" in weights:
-        w, log_ratio = weights["rl"][keep], logprob - stream("old_logprob")
-        advantage, answers, sampled = stream("advantage"), _answers(batch)[keep], w.ne(0).float()
-        loss, clipped = policy_loss(logprob, log_ratio, advantage, answers, sampled, rule.policy)
-        # The engine's log-probabilities stand apart where the ratio is to the trainer's own of that moment.
-        gap = (logprob - stream("engine_logprob" if "engine_logprob" in batch.streams else "old_logprob")).detach()
-        ratio = log_ratio.detach().clamp(-FAR, FAR).exp()
-        told = {"clipped": clipped, "mismatch": gap.abs(), "ratio": ratio}
-        if rule.policy.stale:
-            near = fresh(gap, advantage, answers, sampled, rule.policy.stale)
-            loss, told["stale"] = loss * near, 1 - near
-        parts["rl"] = (w * loss).sum() / total["rl"]
-    if "kl" in weights:
-        apart = (weights["kl"][keep] * distance(logprob, stream("ref_logprob"), log_ratio, rule.policy)).sum() / total["kl"]
-        parts["kl"] = rule.policy.kl * apart
-    if "report" in weights:  # as rl, but of tokens that rl has no weight on, and by their own count
-        w_r = weights["report"][keep]
-        loss, _ = policy_loss(
-            logprob, logprob - stream("old_logprob"), stream("advantage"), _answers(batch)[keep], w_r.ne(0).float(), rule.policy
-        )
-        parts["report"] = (w_r * loss).sum() / total["report"]
+            parts["z"] = rule.z * (weights["ce"] * log_z.square()).sum() / total["ce"]
+    sampled, logs = _sampled(weights, streams, logprob, entropy, _answers(batch)[keep], total, rule.policy)
+    paired, more = preference.parts(model, batch, hidden, logprob, pairs, total, rule.preference)
+    parts |= sampled | paired
     if "soft" in weights:
-        nats = soft_loss(kept, model.head_weight, stream("top_ids").long(), stream("top_logprobs"))
-        parts["soft"] = (weights["soft"][keep] * nats).sum() / total["soft"]
+        nats = soft_loss(kept, model.head_weight, streams["top_ids"].long(), streams["top_logprobs"])
+        parts["soft"] = (weights["soft"] * nats).sum() / total["soft"]
     spoken = rule.mtp_stream(weights)
     if rule.mtp and spoken in weights:
         mtp, mtp_routings = _mtp(model, batch, hidden, spoken, total[spoken], rule.mtp_apart)
@@ -108,19 +92,51 @@ def compute(model: Model, batch: Batch, total: dict[str, float], rule: Loss) -> 
     if rule.balance and routings:
         shares = [sequence_balance(routing, real) for routing in routings]
         parts["balance"] = rule.balance * torch.stack(shares).sum() / total["tokens"]
-    logs = {name: part.detach() for name, part in parts.items()}
-    if "kl" in parts:
-        logs["reference_kl"] = apart.detach()
+    logs |= {name: part.detach() for name, part in parts.items()} | more
     if routings:
         with torch.no_grad():
             logs["router_entropy"] = torch.stack([router_entropy(routing, real) for routing in routings]) / total["tokens"]
     if rerouted is not None:
         logs["rerouted"] = rerouted
-    if entropy is not None:
-        logs |= {name: (w / total["rl"] * values).sum() for name, values in {"entropy": entropy, **told}.items()}
-        logs |= {"ratio_max": _largest(ratio * sampled), "gap_max": _largest(gap.abs() * sampled)}
     loads = [routing.load(real) for routing in routings]
     return torch.stack(list(parts.values())).sum(), logs, torch.stack(loads) if loads else torch.zeros(0, model.config.n_routed_experts)
+
+
+def _sampled(
+    weights: dict[str, Tensor],
+    streams: dict[str, Tensor],
+    logprob: Tensor,
+    entropy: Tensor | None,
+    answers: Tensor,
+    total: dict[str, float],
+    policy: Policy,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parts of what the policy has sampled, and what to log of it. weights: of the m tokens in each stream; answers: which document
+    each of them is of."""
+    parts: dict[str, Tensor] = {}
+    logs: dict[str, Tensor] = {}
+    log_ratio = logprob - streams["old_logprob"] if "rl" in weights or "report" in weights else None
+    if "rl" in weights and log_ratio is not None:
+        w, advantage, mask = weights["rl"], streams["advantage"], weights["rl"].ne(0).float()
+        loss, clipped = policy_loss(logprob, log_ratio, advantage, answers, mask, policy)
+        # The engine's log-probabilities stand apart where the ratio is to the trainer's own of that moment.
+        gap = (logprob - streams["engine_logprob" if "engine_logprob" in streams else "old_logprob"]).detach()
+        ratio = log_ratio.detach().clamp(-FAR, FAR).exp()
+        told = {"entropy": entropy, "clipped": clipped, "mismatch": gap.abs(), "ratio": ratio}
+        if policy.stale:
+            near = fresh(gap, advantage, answers, mask, policy.stale)
+            loss, told["stale"] = loss * near, 1 - near
+        parts["rl"] = (w * loss).sum() / total["rl"]
+        logs |= {name: (w / total["rl"] * values).sum() for name, values in told.items() if values is not None}
+        logs |= {"ratio_max": _largest(ratio * mask), "gap_max": _largest(gap.abs() * mask)}
+    if "kl" in weights:
+        apart = (weights["kl"] * distance(logprob, streams["ref_logprob"], log_ratio, policy)).sum() / total["kl"]
+        parts["kl"], logs["reference_kl"] = policy.kl * apart, apart.detach()
+    if "report" in weights and log_ratio is not None:  # as rl, but of tokens that rl has no weight on, and by their own count
+        mask = weights["report"].ne(0).float()
+        loss, _ = policy_loss(logprob, log_ratio, streams["advantage"], answers, mask, policy)
+        parts["report"] = (weights["report"] * loss).sum() / total["report"]
+    return parts, logs
 
 
 def _largest(values: Tensor) -> Tensor:
