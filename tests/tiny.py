@@ -9,6 +9,10 @@ from pascaline.model.config import ModelConfig
 from pascaline.model.transformer import Model
 from pascaline.tokenizer import Tokenizer, train
 
+# What of a row of metrics.jsonl is the machine's, not the run's.
+CLOCK = ("seconds", "tokens_per_s", "gemm_share", "rollout_seconds", "verify_seconds", "update_seconds", "other", "rollout_tokens_per_s",
+         "update_tokens_per_s")  # fmt: skip
+
 
 def tiny_config(**changes) -> ModelConfig:
     """deepseek_v3, or another family's by model_type."""

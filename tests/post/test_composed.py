@@ -98,7 +98,6 @@ def test_the_restart_begins_at_the_base(composed: Path) -> None:
     assert before and after[0]["loss"] > 0.5 * first[0]["loss"]
 
 
-@pytest.mark.skip(reason="enable when the stage sft reads its `data`")
 def test_the_restart_learns_from_what_reject_wrote(composed: Path) -> None:
     stage = getattr(load(composed / "recipe.toml"), "sft-restart")
     tokenizer = Tokenizer.load(composed / "02-tokenizer")

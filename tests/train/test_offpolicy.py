@@ -16,7 +16,8 @@ from pascaline.data.batch import Batch, Sample, batches
 from pascaline.model.transformer import Model
 from pascaline.post.moment import Moment
 from pascaline.tables import Rl
-from pascaline.train.losses import Loss, compute, joined, totals
+from pascaline.train.losses import Loss, compute, totals
+from pascaline.train.metrics import combined
 from pascaline.train.policy import Policy, corrected, fresh
 
 LENGTHS, ADVANTAGES = (3, 5, 1, 4), (1.0, -0.7, 0.4, -1.3)
@@ -95,7 +96,7 @@ def total_loss(model: Model, found: list[Batch], rule: Loss) -> tuple[float, dic
         part, told, _ = compute(model, batch, total, rule)
         loss += part.item()
         for name, value in told.items():
-            logs[name] = joined(name, logs[name], value) if name in logs else value
+            logs[name] = combined(name, logs[name], value) if name in logs else value
     return loss, {name: value.tolist() for name, value in logs.items()}
 
 
@@ -178,7 +179,9 @@ def test_a_stale_answer_has_no_gradient() -> None:
 
 def test_the_largest_ratio_is_of_all_micro_batches() -> None:
     one, other = torch.tensor(1.5), torch.tensor(0.7)
-    assert joined("ratio_max", one, other) == 1.5 == joined("ratio_max", other, one) and joined("ratio", one, other) == pytest.approx(2.2)
+    assert combined("ratio_max", one, other) == 1.5 == combined("ratio_max", other, one) and combined("ratio", one, other) == pytest.approx(
+        2.2
+    )
     model = tiny_model()
     found = rollout(model)
     assert len(found) > 1
