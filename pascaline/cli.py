@@ -165,8 +165,9 @@ def report(
 
 
 def _show_standing(folder: Path, cost: dict[str, Any], as_json: bool) -> None:
+    from pascaline.eval.forms import aligned
     from pascaline.eval.live import draw, extension, standing, standing_table
-    from pascaline.eval.report import aligned, cost_text, extension_text
+    from pascaline.eval.report import cost_text, extension_text
 
     stages, longer = standing(folder), extension(folder)
     if not stages and not cost:

@@ -1,32 +1,33 @@
-"""The table of a chain, stages x measures, as rows of text for a terminal and a page. It only reads report.json's `table`."""
+"""The table of a chain, stages x measures, as rows of text for a terminal and a page. It only reads report.json."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from pascaline.eval.report import clock, count, flops, percent
+from pascaline.eval.forms import clock, count, flops, percent
 
 
-def rows(table: Mapping[str, Any]) -> list[list[str]]:
-    """A head and a row a stage; [] without a table, or with one stage, which there is nothing to compare with."""
+def tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """How to read it, and a head with a row a stage; [] without a table, or with one stage, which there is nothing to compare with."""
+    table = report.get("table") or {}
     found = table.get("rows") or []
     if len(found) < 2:
         return []
     puzzles, k = list(found[0]["puzzles"]), table["k"]
+    spent = {row["name"]: [clock(row.get("seconds")), flops(row.get("flops"))] for row in report.get("stages", [])}
     head = ["stage", *(f"{name} 1/{k}/maj" for name in puzzles), "format", "language", "wins", "tokens", "time", "FLOPs"]
-    return [head, *([row["stage"], *(_puzzle(row["puzzles"][name]) for name in puzzles), *_rest(row)] for row in found)]
+    rows = [[row["stage"], *(_puzzle(row["puzzles"][name]) for name in puzzles), *_style(row), *spent[row["stage"]]] for row in found]
+    return [(_note(table), [head, *rows])]
 
 
 def _puzzle(measured: Mapping[str, float]) -> str:
     return " / ".join(percent(measured[key]).rstrip("%") for key in ("pass_1", "pass_k", "maj_k"))
 
 
-def _rest(row: Mapping[str, Any]) -> list[str]:
-    shares = [percent(row["format"]), percent(row["language"]), percent(row.get("win_rate"))]
-    return [*shares, count(row["mean_tokens"]), clock(row["seconds"]), flops(row["flops"])]
+def _style(row: Mapping[str, Any]) -> list[str]:
+    return [percent(row["format"]), percent(row["language"]), percent(row.get("win_rate")), count(row["mean_tokens"])]
 
 
-def note(table: Mapping[str, Any]) -> str:
-    """How to read it, below it."""
+def _note(table: Mapping[str, Any]) -> str:
     k, judge = table["k"], f"the reward model {table['judge']}" if table["judge"] else "the verifier"
     return (
         f"pass@1, pass@{k} and the majority of {k}, in percent of held-out problems; format: one closed thought and an answer; language: "

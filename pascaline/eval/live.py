@@ -5,7 +5,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pascaline.eval.report import clock, count, report_html
+from pascaline.eval.forms import clock, count
+from pascaline.eval.report import report_html
 from pascaline.progress import label, number
 from pascaline.runs import Metrics, is_complete, read_json, write_atomic
 

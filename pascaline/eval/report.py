@@ -1,17 +1,15 @@
 """What a chain of stages came to: the page report.html, and the table a terminal prints. Both only read report.json."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pascaline.eval import extension, plots, trial
+from pascaline.eval import chaintable, extension, plots, trial
+from pascaline.eval.forms import NONE, absent, aligned, between, clock, count, flops, number, percent, points
 from pascaline.eval.trial import Section
-from pascaline.progress import number as short
 from pascaline.tables import kind
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
-NONE = "-"
 LOSSES = {"pretrain": "Pre-training loss", "extend": "Context extension loss", "sft": "Fine-tuning loss (assistant tokens)",
           "prefer": "Preference loss", "distil": "Distillation loss"}  # fmt: skip
 
@@ -32,7 +30,7 @@ def report_html(report: Mapping[str, Any], curves: Curves, traces: Curves | None
         section.drawings = [(Markup(svg), caption) for svg, caption in section.drawings if svg]
     sections = [section for section in sections if section.drawings or section.traces]
     told = {key: report.get(key) or [] for key in ("stages", "protocols", "examples")}
-    facts["tables"] = extension.tables(report.get("extension") or {})
+    facts["tables"] = [*chaintable.tables(report), *extension.tables(report.get("extension") or {})]
     return page(
         "report.html.jinja", filters, **told, **facts, **tables, recipe=report.get("recipe"), seed=report.get("seed"), sections=sections
     )
@@ -67,13 +65,13 @@ def table_text(report: Mapping[str, Any]) -> str:
     ]
     if rows:
         parts.append(aligned([head, *rows]))
-    parts += extension_text(report.get("extension"))
+    parts += [f"{aligned(rows)}\n{note}" for note, rows in chaintable.tables(report)] + extension_text(report.get("extension"))
     gain = report.get("gain") or {}
     if report.get("ledger"):
         parts.append(cost_text(report["ledger"]))
     if gain.get("points") is not None:
         pair = f"{gain.get('after', 'rl')} over {gain.get('before', 'sft')}"
-        parts.append(f"gain of {pair}: {points(gain['points'])} points (95% interval {_between(gain, points)})")
+        parts.append(f"gain of {pair}: {points(gain['points'])} points (95% interval {between(gain, points)})")
     return "\n\n".join(parts)
 
 
@@ -102,7 +100,7 @@ def _spent(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 
 
 def _ratio(row: Mapping[str, Any]) -> str:
-    return NONE if _absent(row.get("ratio")) else f"{row['ratio']:.2f}"
+    return NONE if absent(row.get("ratio")) else f"{row['ratio']:.2f}"
 
 
 def cost_note(cost: Mapping[str, Any]) -> str:
@@ -119,68 +117,9 @@ def extension_text(found: Mapping[str, Any] | None) -> list[str]:
     return [f"{aligned(rows)}\n{note}" for note, rows in extension.tables(found or {})]
 
 
-def percent(value: float | None) -> str:
-    """0.4412 -> 44.1%"""
-    return NONE if _absent(value) else f"{100 * value:.1f}%"  # type: ignore[operator]
-
-
-def points(value: float | None) -> str:
-    """A difference in points of a percent, with its sign: 19.2 -> +19.2"""
-    return NONE if _absent(value) else f"{value:+.1f}"
-
-
-def count(value: float | None) -> str:
-    """1234 -> 1,234; fractions: 57.345 -> 57.3, 0.95 -> 0.95, 0.6 -> 0.6"""
-    if value is None or _absent(value):
-        return NONE
-    if value == int(value):
-        return f"{int(value):,}"
-    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}".rstrip("0")
-
-
-def number(value: float | None) -> str:
-    """Three significant digits: 0.0123, 12.3k"""
-    return NONE if value is None or _absent(value) else short(value)
-
-
-def flops(value: float | None) -> str:
-    """1.234e15 -> 1.23e15"""
-    return NONE if not value or _absent(value) else f"{value:.2e}".replace("e+", "e")
-
-
-def clock(value: float | None) -> str:
-    """Seconds: 4.2 s, 1 min 05 s, 2 h 03 min"""
-    if value is None or _absent(value):
-        return NONE
-    if value < 59.95:
-        return f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    return f"{minutes} min {seconds:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _absent(value: object) -> bool:
-    return not isinstance(value, int | float) or not math.isfinite(value)
-
-
-def _between(row: Mapping[str, Any], form: Any, prefix: str = "") -> str:
-    low, high = row.get(f"{prefix}low"), row.get(f"{prefix}high")
-    return NONE if _absent(low) or _absent(high) else f"{form(low)} to {form(high)}"
-
-
 def _accuracy(row: Mapping[str, Any]) -> list[str]:
-    interval = _between(row, percent, "accuracy_")
+    interval = between(row, percent, "accuracy_")
     return [percent(row.get("accuracy")), interval, count(row.get("n")), count(row.get("mean_tokens"))]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart, the first to the left and numbers to the right, a rule below the head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _entropy_range(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

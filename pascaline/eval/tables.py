@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pascaline.eval.report import NONE, aligned, count, page, percent, points
+from pascaline.eval.forms import NONE, aligned, count, percent, points
+from pascaline.eval.report import page
 
 ENDS = {"abstain": "abstain", "false_claim": "false", "truncated": "cut off", "unclosed": "unclosed", "unjudged": "no verdict"}
 Told = Mapping[str, Any]

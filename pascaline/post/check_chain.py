@@ -28,6 +28,10 @@ def check_chain(recipe: Recipe) -> None:
             raise BadInput(
                 f"{name}.reward = '{reward}' is no earlier stage [prefer] with method = \"reward\" ({listed}){nearest(reward, judges)}"
             )
+        if getattr(stage, "plain", False) and (stage.environment or stage.confession):
+            raise BadInput(
+                f"{name}.plain is text without chat tokens, and environments and confessions need a chat's turns; leave one out."
+            )
         if environment := getattr(stage, "environment", ""):
             environments.get(environment)
 

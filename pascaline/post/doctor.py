@@ -6,7 +6,7 @@ import torch
 
 from pascaline.device import best_dtype
 from pascaline.errors import BadInput
-from pascaline.eval.report import aligned
+from pascaline.eval.forms import aligned
 from pascaline.post.check import check_ranks, model_config
 from pascaline.post.stage import TOGETHER
 from pascaline.recipe import Recipe

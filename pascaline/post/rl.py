@@ -11,6 +11,7 @@ from pascaline.post.instruments import TRACES, Traces
 from pascaline.post.minibatches import Minibatches
 from pascaline.post.moment import Moment
 from pascaline.post.reference import Reference
+from pascaline.post.reward import RewardModel
 from pascaline.post.rollout import Rollouts
 from pascaline.post.stage import Run, train
 from pascaline.tables import Rl
@@ -27,6 +28,8 @@ def rl(run: Run, name: str) -> dict[str, Any]:
     reference = Reference(model, start, run.folder(name) / "reference", stage.reference_every, back) if stage.kl else None
     tokenizer = run.tokenizer()
     rollouts = Rollouts(Engine(model, tokenizer), stage, run.recipe.puzzles, run.recipe.seed, reference, name)
+    judges = [reward for reward in stage.rewards if reward in run.recipe.chain and run.recipe.judges(reward)]
+    rollouts.judges = {judge: RewardModel.load(run.folder(judge), device=run.device) for judge in judges}
     rollouts.traces = Traces(run.folder(name) / TRACES, stage.steps)
     source = Minibatches(rollouts, stage, run.folder(name), run.recipe.seed, tokenizer.pad, name, Moment(model, stage))
     policy = Policy(stage.ratio, stage.surrogate, stage.clip_low, stage.clip_high, stage.kl, stage.unbiased, stage.stale, stage.replay)

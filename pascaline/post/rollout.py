@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 
 from pascaline.data.batch import Batch, Sample, batches
-from pascaline.data.puzzles import Problem, Verdict
+from pascaline.data.puzzles import Problem, Verdict, plain
 from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.errors import BadInput
+from pascaline.eval.questions import read_plain
 from pascaline.post import environments, grpo, instruments
 from pascaline.post.confession import confess
 from pascaline.post.environments import episode
 from pascaline.post.reference import Reference
+from pascaline.post.reward import RewardModel
 from pascaline.post.verifiers import judge, scores
 from pascaline.tables import Puzzle, Rl
 from pascaline.train.loop import active_parameters
@@ -65,6 +67,7 @@ class Rollouts:
         self.engine, self.rl, self.tables, self.seed, self.reference, self.name = engine, rl, tables, seed, reference, name
         self.clock = instruments.Clock()
         self.traces: instruments.Traces | None = None
+        self.judges: dict[str, RewardModel] = {}  # earlier stages' reward models, by name
         self.facts: dict[str, Any] = {}
         self.flops_per_token = 2.0 * active_parameters(engine.model)
 
@@ -89,7 +92,7 @@ class Rollouts:
             groups, told["refilled"] = self._refilled(step, groups)
         if self.rl.environment:
             told["turns"] = float(np.mean([getattr(o, "turns", 1) for group in groups.outputs for o in group]))
-        samples = groups.samples(self.rl, self.engine.tokenizer.prompt_ids) + reports
+        samples = groups.samples(self.rl, self.prompt_ids) + reports
         self.engine.release()  # what is cached is the old weights', and the trainer needs the memory
         spent = self._tokens() - before
         row = max([self.rl.sequence_length, *(len(s.tokens) for s in samples)])
@@ -107,8 +110,10 @@ class Rollouts:
             outputs = (
                 episode.play(self.engine, acting, problems, sampling)
                 if acting
-                else self.engine.generate([p.prompt for p in problems], sampling)
+                else self.engine.generate([self.prompt_ids(p.prompt) for p in problems], sampling)
             )
+            if self.rl.plain:
+                outputs = [[read_plain(output) for output in group] for group in outputs]
         with self.clock("verify"):
             judged = episode.judge(problems, outputs) if acting else judge(problems, outputs)
         right = np.array([[v is Verdict.RIGHT for v in group] for group in judged.verdicts])
@@ -155,9 +160,23 @@ class Rollouts:
 
     def _scores(self, name: str, problems: list[Problem], outputs: list[list[Output]]) -> tuple[np.ndarray, str]:
         """What a verifier gives each answer [G, n], NaN where it could not judge it, and why it could not judge the first such."""
+        if name in self.judges:
+            return self._preferred(self.judges[name], problems, outputs), ""
         each = [problem for problem, group in zip(problems, outputs, strict=True) for _ in group]
         found, why = scores(name, each, [output for group in outputs for output in group])
         return np.array(found, np.float64).reshape(len(problems), -1), why
+
+    def _preferred(self, judge: RewardModel, problems: list[Problem], outputs: list[list[Output]]) -> np.ndarray:
+        """How likely each answer is better than its group's average, by a reward model [G, n]: its scores have no zero of their own."""
+        ids = [self.prompt_ids(p.prompt) + o.token_ids for p, group in zip(problems, outputs, strict=True) for o in group]
+        score = judge.scores(ids).reshape(len(problems), -1).astype(np.float64)
+        return np.asarray(1 / (1 + np.exp(score.mean(1, keepdims=True) - score)))
+
+    def prompt_ids(self, problem: str) -> list[int]:
+        """A problem as the policy is asked it: a chat, or plain text that a base model goes on from."""
+        own = self.engine.tokenizer
+        assert own is not None
+        return plain.prompt_ids(own, problem) if self.rl.plain else own.prompt_ids(problem)
 
     def _refuse_blind(self, step: int, known: np.ndarray, trouble: str) -> None:
         """A verifier that breaks must not pass for a policy that fails (verl PR 5635, open-r1 420)."""

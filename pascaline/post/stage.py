@@ -110,5 +110,6 @@ def record(run: Run, name: str) -> None:
 def needed(recipe: Recipe, name: str) -> list[str]:
     """The earlier stages that a stage of the chain reads from, the one whose model it starts from first."""
     table = getattr(recipe, name)
-    asked = [recipe.before(name), getattr(table, "teacher", ""), getattr(table, "reward", ""), *getattr(table, "data", [])]
+    named = [getattr(table, key, "") for key in ("teacher", "reward")]
+    asked = [recipe.before(name), *named, *getattr(table, "data", []), *getattr(table, "rewards", [])]
     return [stage for stage in dict.fromkeys(asked) if stage in recipe.stages] or ["tokenizer"]

@@ -1,7 +1,7 @@
 """The table of a chain: a row a stage, what it does on each puzzle, how it answers, what it cost. R1's Dev1/Dev2/Dev3 (arXiv 2501.12948v2,
 table 3) in the small."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,15 +47,14 @@ def measured(engine: Engine, result: Result, judge: Judge | None) -> dict[str, A
     }  # fmt: skip
 
 
-def table(recipe: Recipe, parts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What report.json holds of it. parts: the evaluation's pieces by name; rows: the report's stages, with their cost.
+def table(recipe: Recipe, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What report.json holds of it, beside what the stages cost. parts: the evaluation's pieces by name.
 
     pass_1 from `samples` answers a problem on the first puzzle and one on the others; pass_k and maj_k of k answers to vote_problems
     problems; win_rate: share of those problems on which the stage's first answer is worth more than that of the first stage that
     answers, ties half, with its 95 % interval.
     """
     plan, first = recipe.eval, recipe.talkers[0]
-    cost = {row["name"]: {key: row[key] for key in ("seconds", "flops")} for row in rows}
     found, k = [], 1
     for name in recipe.talkers:
         votes = {puzzle: parts[f"{name}-{puzzle}-votes" if i else f"{name}-votes"] for i, puzzle in enumerate(plan.puzzles)}
@@ -70,6 +69,6 @@ def table(recipe: Recipe, parts: Mapping[str, Any], rows: Sequence[Mapping[str, 
         wins, low, high = mean_interval([(a > b) + 0.5 * (a == b) for a, b in pairs])
         means = {key: float(np.mean([vote[key] for vote in votes.values()])) for key in (*STYLE, "mean_tokens")}
         beaten = {} if name == first else {"win_rate": wins, "win_low": low, "win_high": high}
-        found.append({"stage": name, "puzzles": puzzles, **means, **beaten, **cost[name]})
+        found.append({"stage": name, "puzzles": puzzles, **means, **beaten})
     judged = next((stage for stage in recipe.chain if recipe.judges(stage)), None)
     return {"k": k, "against": first, "judge": judged, "n": plan.vote_problems, "rows": found}

@@ -7,8 +7,8 @@ from pathlib import Path
 import forked
 import pytest
 
+from pascaline.eval.forms import aligned
 from pascaline.eval.live import draw, standing, standing_table
-from pascaline.eval.report import aligned
 from pascaline.recipe import Recipe
 from pascaline.runs import Metrics
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pascaline.eval import plots, trial
-from pascaline.eval.report import clock, flops, report_html, table_text
+from pascaline.eval.forms import clock, flops
+from pascaline.eval.report import report_html, table_text
 
 HOSTILE = '6*2=12?no\n</pre></details><script>alert("x")</script><img src=x onerror=alert(1)> {{ 7*7 }} & 3<4'
 

@@ -26,20 +26,21 @@ def parts() -> dict:
 
 def test_a_row_a_stage_with_wins_against_the_first() -> None:
     cost = [{"name": name, "seconds": 3.0, "flops": 1e9} for name in ("pretrain", "sft", "rl", "rl-more")]
-    found = stagetable.table(parse(RAW, ""), parts(), cost)
+    found = stagetable.table(parse(RAW, ""), parts())
     assert (found["k"], found["against"], found["judge"]) == (16, "sft", None)
     first, middle, last = found["rows"]
     assert "win_rate" not in first and first["puzzles"]["countdown"] == {"pass_1": 0.1, "pass_k": 0.8, "maj_k": 0.5}
     # rl: more on the first problem, as much on the second; as much on the third, less on the fourth
     assert middle["win_rate"] == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
-    assert last["stage"] == "rl-more" and last["mean_tokens"] == 20.0 and last["seconds"] == 3.0 and last["win_low"] < last["win_rate"]
-    head, *rows = chaintable.rows(found)
-    assert len(rows) == 3 and all(len(row) == len(head) for row in rows) and rows[0][:2] == ["sft", "10.0 / 80.0 / 50.0"]
-    assert "the verifier finds" in chaintable.note(found) and "that of sft" in chaintable.note(found)
+    assert last["stage"] == "rl-more" and last["mean_tokens"] == 20.0 and last["win_low"] < last["win_rate"]
+    [(note, (head, *rows))] = chaintable.tables({"table": found, "stages": cost})
+    assert len(rows) == 3 and all(len(row) == len(head) for row in rows)
+    assert rows[0][:2] == ["sft", "10.0 / 80.0 / 50.0"] and rows[0][-2] == "3.0 s"
+    assert "the verifier finds" in note and "that of sft" in note
 
 
 def test_one_stage_has_nothing_to_be_compared_with() -> None:
-    assert chaintable.rows({}) == [] and chaintable.rows({"rows": [{}]}) == []
+    assert chaintable.tables({}) == [] and chaintable.tables({"table": {"rows": [{}]}}) == []
 
 
 def test_the_gain_is_of_the_last_model_that_rl_made() -> None:

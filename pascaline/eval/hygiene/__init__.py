@@ -19,10 +19,10 @@ from pascaline.data import puzzles
 from pascaline.data.puzzles import Verdict
 from pascaline.errors import BadInput
 from pascaline.eval import passk
+from pascaline.eval.forms import aligned
 from pascaline.eval.hygiene import hostile, split
 from pascaline.eval.hygiene.checks import Check, Limits, checked, short, skipped
 from pascaline.eval.hygiene.subject import PLAIN, Subject, from_file, from_puzzle, right, said
-from pascaline.eval.report import aligned
 from pascaline.post.verifiers import base, judge
 from pascaline.progress import Progress
 from pascaline.runs import plain
