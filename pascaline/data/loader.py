@@ -1,5 +1,6 @@
 """Batches by number: step i of a seed is always the same rows, so a resumed run needs no loader state but the step."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -65,6 +66,27 @@ class ListSamples:
 
     def name(self, i: int) -> dict[str, Any]:
         return {"sample": i}
+
+
+class Joined:
+    """One kind of samples behind the other."""
+
+    def __init__(self, *parts: Samples):
+        self.parts = parts
+        self.ends = list(accumulate(len(part.lengths) for part in parts))
+        self.lengths = np.concatenate([part.lengths for part in parts])
+
+    def _place(self, i: int) -> tuple[Samples, int]:
+        at = bisect_right(self.ends, i)
+        return self.parts[at], i - (self.ends[at - 1] if at else 0)
+
+    def get(self, i: int) -> Sample:
+        part, own = self._place(i)
+        return part.get(own)
+
+    def name(self, i: int) -> dict[str, Any]:
+        part, own = self._place(i)
+        return part.name(own)
 
 
 class Loader:

@@ -9,9 +9,10 @@ from typing import Any
 
 from pascaline.data import chats
 from pascaline.data.chats import Chat, ChatSamples
-from pascaline.data.loader import Loader
+from pascaline.data.loader import Joined, ListSamples, Loader
 from pascaline.data.puzzles.families import Family
 from pascaline.errors import BadInput
+from pascaline.post.confession import confession_samples
 from pascaline.post.stage import Run, loader, train
 from pascaline.runs import read_json, write_json
 from pascaline.stopping import Interrupt
@@ -31,7 +32,9 @@ def sft(run: Run, name: str) -> dict[str, Any]:
     if len({told["digest"] for told in run.ranks.gather(facts)}) > 1:
         raise BadInput(f"{name}: the ranks do not read the same chats; the files of {name}.data must be equal on all machines.")
     run.ranks.tell(_record(run, name, facts) if run.ranks.leader else None)
-    rows = loader(run, stage, samples, stage.sequence_length)
+    reports = confession_samples(run.recipe.puzzles, run.tokenizer(), run.recipe.seed, stage.confessions) if stage.confessions else []
+    fitting = [sample for sample in reports if len(sample.tokens) <= longest]
+    rows = loader(run, stage, Joined(samples, ListSamples(fitting)), stage.sequence_length)
     return train(run, name, model, rows, steps(stage, rows), first)
 
 

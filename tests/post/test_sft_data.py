@@ -215,3 +215,27 @@ def test_a_bad_line_is_found_before_anything_is_trained(start: Path, tmp_path: P
     with pytest.raises(BadInput, match=rf"{data}:25 needs messages, or prompt and completion, and has prompt"):
         tune(tmp_path, start, data)
     assert not (tmp_path / "out").exists()
+
+
+def test_reports_stand_behind_the_chats(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sft.confessions: chats that end with a report, of which nothing but the report is learnt."""
+    seen: list[Loader] = []
+
+    def caught(run: Run, name: str, model: Any, rows: Loader, *rest: Any) -> dict[str, Any]:
+        seen.append(rows)
+        raise BadInput("seen enough")
+
+    monkeypatch.setattr(sft, "train", caught)
+    given = settings(put(tmp_path / "chats.jsonl", *GOOD)) | {"sft.confessions": 0.5, "sft.sequence_length": 256}
+    with pytest.raises(BadInput, match="seen enough"):
+        pascaline.run(recipe(tmp_path, start), tmp_path / "out", given, stage="sft", quiet=True)
+    all_of_them, own = seen[0].samples, Tokenizer.load(start)
+    texts = [own.decode(all_of_them.get(i).tokens.tolist()) for i in range(len(all_of_them.lengths))]
+    reports = [i for i, text in enumerate(texts) if "Is your answer right?" in text]
+    assert reports and reports == list(range(24, len(texts)))
+    said = set()
+    for i in reports:
+        sample = all_of_them.get(i)
+        said.add(own.decode(sample.tokens[sample.streams["ce"] > 0].tolist()))
+        assert all_of_them.name(i) == {"sample": i - 24}
+    assert said == {"yes", "no"}

@@ -1,6 +1,7 @@
 """No problem that is asked in the evaluation is met in training, in whichever stage, by construction and by this test."""
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from pascaline.engine import Engine
 from pascaline.eval import tasks
 from pascaline.post import evaluation, stages
 from pascaline.post.rollout import Rollouts
-from pascaline.post.sft import puzzle_samples
+from pascaline.post.sft import puzzle_chats
 from pascaline.recipe import Recipe, load
-from pascaline.tokenizer import Tokenizer
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
@@ -56,7 +56,7 @@ def test_training_never_draws_a_held_out_problem(
     for _ in stages._texts(recipe, lambda _: None, tmp_path):
         pass
     counts.append(len(drawn))
-    puzzle_samples(recipe.puzzles, Tokenizer.load(tiny_run / "model"), recipe.seed)
+    deque(puzzle_chats(recipe.puzzles, recipe.seed), maxlen=0)
     counts.append(len(drawn))
     rollouts = Rollouts(Engine(tiny_model()), recipe.rl, recipe.puzzles, recipe.seed)
     for step in range(recipe.rl.steps):
@@ -76,8 +76,7 @@ def test_no_question_of_the_evaluation_stands_in_the_corpus(tiny_run: Path) -> N
     texts = "\n".join(json.loads(line)["text"] for line in lines)
     assert len(lines) > 800 and "Make " in texts and "Start with " in texts
     assert not [p.prompt for p in asked(recipe) if p.prompt in texts]
-    tokenizer = Tokenizer.load(tiny_run / "model")
-    chats = "\n".join(tokenizer.decode(s.tokens.tolist()) for s in puzzle_samples(recipe.puzzles, tokenizer, recipe.seed))
+    chats = "\n".join(message["content"] for chat in puzzle_chats(recipe.puzzles, recipe.seed) for message in chat.messages)
     assert "Make " in chats and not [p.prompt for p in asked(recipe) if p.prompt in chats]
 
 
@@ -93,7 +92,7 @@ def test_rollout_problems_are_spread_over_the_puzzles_and_differ_by_step_and_see
 
 def test_sft_problems_are_other_draws_than_the_corpus(drawn: list[Problem], tiny_run: Path) -> None:
     recipe = load(RECIPES / "tiny.toml")
-    puzzle_samples(recipe.puzzles, Tokenizer.load(tiny_run / "model"), recipe.seed)
+    deque(puzzle_chats(recipe.puzzles, recipe.seed), maxlen=0)
     chats = [p.key for p in drawn]
     corpus = [puzzles.problems(n, t.examples, recipe.seed, held_out=False, **t.dials) for n, t in recipe.puzzles.items()]
     assert chats != [p.key for problems in corpus for p in problems]
