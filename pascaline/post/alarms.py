@@ -93,7 +93,8 @@ def _length(rows: Rows, name: str, rl: Rl) -> str:
 
 def _flat(rows: Rows, name: str, rl: Rl) -> str:
     steps = rl.alarms.flat
-    last = rows[-steps:] if steps else []
+    recent = rows[-steps * rl.minibatches * rl.epochs :] if steps else []
+    last = [row for row in recent if "flat_groups" in row]  # the first of each rollout's optimizer steps
     if not last or len(last) < steps or not all(row.get("flat_groups") == 1 and not row.get("refilled") for row in last):
         return ""
     if all(row.get("none_right") == 1 for row in last):

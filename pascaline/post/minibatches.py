@@ -107,7 +107,8 @@ def relimited(chosen: list[Sample], whole: list[Sample]) -> list[Sample]:
     tokens a sum over its answers times the limit (grpo.averaged); here the mean is over other tokens, whose answers may be longer."""
 
     def weight(samples: list[Sample]) -> float:
-        return sum(float(s.streams["rl"].sum(dtype=np.float64)) for s in samples) / max(len(samples), 1)
+        each = [float(s.streams["rl"].sum(dtype=np.float64)) for s in samples]
+        return sum(each) / max(np.count_nonzero(each), 1)  # a report on an answer is none
 
     factor = np.float32(weight(chosen) / max(weight(whole), 1e-30))
     return [replace(s, streams={**s.streams, "advantage": s.streams["advantage"] * factor}) for s in chosen]

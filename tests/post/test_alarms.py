@@ -111,6 +111,13 @@ def test_older_samples_and_refilled_groups_are_no_trouble() -> None:
     assert not firing([flat | {"refilled": 2}] * 20, "rl", rl(), GAP) and firing([flat | {"refilled": 0}] * 20, "rl", rl(), GAP)
 
 
+def test_a_rollout_counts_once_whatever_its_optimizer_steps() -> None:
+    first, other = {"flat_groups": 1.0, "none_right": 1.0, "all_right": 0.0}, {"rollout": 1}
+    keys = rl().model_copy(update={"minibatches": 2, "epochs": 2})
+    assert firing([first, other, other, other] * 10, "rl", keys, GAP).keys() == {"flat"}
+    assert not firing([first, other, other, other] * 9, "rl", keys, GAP)
+
+
 def test_rows_without_numbers_say_nothing() -> None:
     """A step without a signal has no entropy; what is not finite is null in the file."""
     assert heard(Alarms("rl", rl()), [{}, {"entropy": None, "gap_max": None, "unjudged": float("nan")}] * 30)[-1] == ([], [], "")
