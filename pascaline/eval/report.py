@@ -30,7 +30,7 @@ def report_html(report: Mapping[str, Any], curves: Curves, traces: Curves | None
         section.drawings = [(Markup(svg), caption) for svg, caption in section.drawings if svg]
     sections = [section for section in sections if section.drawings or section.traces]
     told = {key: report.get(key) or [] for key in ("stages", "protocols", "examples")}
-    facts["tables"] = [*chaintable.tables(report), *extension.tables(report.get("extension") or {})]
+    facts |= {"chain": chaintable.tables(report), "tables": extension.tables(report.get("extension") or {})}
     return page(
         "report.html.jinja", filters, **told, **facts, **tables, recipe=report.get("recipe"), seed=report.get("seed"), sections=sections
     )

@@ -69,11 +69,18 @@ def _base(recipe: Recipe) -> str:
 
 
 def compared(recipe: Recipe) -> tuple[str | None, str]:
-    """The two models whose difference is the chain's gain: the last one that RL made and what it started from, or else the last of all
-    that started from one which can be asked in the same way, if there is one."""
-    made = [name for name in recipe.talkers if recipe.before(name) in recipe.talkers or (recipe.plain(name) and recipe.before(name))]
-    after = ([name for name in made if kind(name) == "rl"] or made or [recipe.talkers[-1]])[-1]
-    return (recipe.before(after) if after in made else None), after
+    """The two models whose difference is the chain's gain: the first that answers, and the last that RL made of the same base, or else
+    the last of all made of it. Where there is only one, the base before it, if that is asked in the same way."""
+    first = recipe.talkers[0]
+    line = [name for name in recipe.talkers if _root(recipe, name) == _root(recipe, first)]
+    after = ([name for name in line if kind(name) == "rl"] or line)[-1]
+    return (first if after != first else recipe.before(first) if recipe.plain(first) else None), after
+
+
+def _root(recipe: Recipe, name: str) -> str:
+    """The first model of the line that a stage's is made of; a student is of another line."""
+    before = recipe.before(name)
+    return _root(recipe, before) if before else name
 
 
 def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, Any]]]]) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def test_the_chain_of_r1_runs_whole_and_ends_in_one_table(r1: tuple[Path, str]) 
         assert set(row["puzzles"]["coin:puzzle"]) == {"pass_1", "pass_k", "maj_k"} and 0 <= row["format"] <= 1, name
         assert ("win_rate" in row) == (name != "sft")
     assert "coin:puzzle 1/4/maj" in said and "the reward model prefer finds" in said
-    assert "coin:puzzle 1/4/maj" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Stage by stage" in page and "coin:puzzle 1/4/maj" in page and "A longer context" not in page
+    assert (report["gain"]["before"], report["gain"]["after"]) == ("sft", "rl-last")
 
 
 def test_each_stage_started_from_what_the_recipe_says(r1: tuple[Path, str]) -> None:

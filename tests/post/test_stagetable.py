@@ -45,7 +45,7 @@ def test_one_stage_has_nothing_to_be_compared_with() -> None:
 
 def test_the_gain_is_of_the_last_model_that_rl_made() -> None:
     assert compared(parse({}, "")) == ("sft", "rl")
-    assert compared(parse(RAW, "")) == ("rl", "rl-more")
+    assert compared(parse(RAW, "")) == ("sft", "rl-more")
     assert compared(parse({**RAW, "rl-more": {"start": "sft"}}, "")) == ("sft", "rl-more")
     assert compared(parse({"chain": ["sft"]}, "")) == (None, "sft")
     assert compared(parse({"chain": ["rl"], "rl": {"plain": True}}, "")) == ("pretrain", "rl")
