@@ -110,7 +110,7 @@ class Rollouts:
             outputs = (
                 episode.play(self.engine, acting, problems, sampling)
                 if acting
-                else self.engine.generate([self.prompt_ids(p.prompt) for p in problems], sampling)
+                else self.engine.generate([self.prompt_ids(p.prompt) if self.rl.plain else p.prompt for p in problems], sampling)
             )
             if self.rl.plain:
                 outputs = [[read_plain(output) for output in group] for group in outputs]
