@@ -63,7 +63,9 @@ class Recipe(Table):
         return kind(stage) in ("pretrain", "extend") or getattr(getattr(self, stage), "plain", False)
 
     def before(self, stage: str) -> str | None:
-        """The stage whose model this one starts from; None: the folder that the chain starts from, or nothing."""
+        """The stage whose model this one starts from; None: the folder that the chain starts from, or new weights."""
+        if getattr(getattr(self, stage), "model", None):
+            return None
         if own := getattr(getattr(self, stage), "start", ""):
             return str(own)
         place = self.stages.index(stage)
@@ -102,6 +104,8 @@ class Recipe(Table):
         for name in self.chain:
             start = getattr(getattr(self, name), "start", "")
             known = [model for model in self.models if self.stages.index(model) < self.stages.index(name)]
+            if start and getattr(getattr(self, name), "model", None):
+                raise ValueError(f"{name} has both a start and a model of its own, whose weights are new: leave one of them out")
             if start and start not in known:
                 listed = ", ".join(known) or "none"
                 raise ValueError(f"{name}.start = '{start}' is no earlier stage with a model ({listed}){nearest(start, known)}")

@@ -242,6 +242,13 @@ def test_a_chain_is_composed_of_named_tables() -> None:
     assert found != parse({**raw, "rl-all": {"steps": 4}}, "")
 
 
+def test_a_student_of_its_own_shape_starts_from_nothing() -> None:
+    found = parse(
+        {"chain": ["sft", "pretrain-student", "pretrain-more"], "pretrain-student": {"model": {"hidden_size": 64}}, "pretrain-more": {}}, ""
+    )
+    assert found.before("pretrain-student") is None and found.before("pretrain-more") == "pretrain-student"
+
+
 def test_a_reward_model_is_no_start() -> None:
     found = parse({"chain": ["sft", "prefer", "rl"], "prefer": {"method": "reward"}}, "")
     assert found.before("prefer") == found.before("rl") == "sft"
@@ -256,6 +263,7 @@ def test_a_reward_model_is_no_start() -> None:
         ({"chain": ["sft", "sft"]}, "chain has 'sft' twice: give the second a table of its own, like [sft-again]"),
         ({"rl": {"start": "sftt"}}, "rl.start = 'sftt' is no earlier stage with a model (pretrain, sft); did you mean 'sft'?"),
         ({"sft": {"start": "rl"}}, "sft.start = 'rl' is no earlier stage with a model (pretrain)"),
+        ({"chain": ["pretrain-x", "sft"], "pretrain-x": {"start": "pretrain", "model": {"preset": "nano"}}}, "both a start and a model"),
         ({"chain": []}, "chain has no stage that teaches the model to answer"),
         ({"chain": ["sft", "reject"]}, "there is no table [reject]"),
     ],

@@ -108,7 +108,7 @@ def relimited(chosen: list[Sample], whole: list[Sample]) -> list[Sample]:
 
     def weight(samples: list[Sample]) -> float:
         each = [float(s.streams["rl"].sum(dtype=np.float64)) for s in samples]
-        return sum(each) / max(np.count_nonzero(each), 1)  # a report on an answer is none
+        return sum(each) / max(sum(map(bool, each)), 1)  # a report on an answer is none
 
     factor = np.float32(weight(chosen) / max(weight(whole), 1e-30))
     return [replace(s, streams={**s.streams, "advantage": s.streams["advantage"] * factor}) for s in chosen]

@@ -158,10 +158,11 @@ def _encode(run: Run, own: Tokenizer) -> int:
 
 
 def pretrain(run: Run, name: str) -> dict[str, Any]:
-    """Next-token prediction on the packed corpus, from random weights or from those of the folder that the chain starts from."""
+    """Next-token prediction on the packed corpus, from random weights, or from those of an earlier stage or of the folder that the chain
+    starts from."""
     stage: Pretrain = getattr(run.recipe, name)
-    if run.recipe.start and not stage.model:
-        model, first = stored(run.recipe.start, run.device, run.ranks)
+    if not stage.model and (run.recipe.before(name) or run.recipe.start):
+        model, first = stored(run.origin(name), run.device, run.ranks)
     else:
         own = run.tokenizer()
         shape = model_config(run.recipe, own.vocab_size, stage.model, f"{name}.model")

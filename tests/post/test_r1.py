@@ -71,7 +71,11 @@ def test_each_stage_started_from_what_the_recipe_says(r1: tuple[Path, str]) -> N
         return [parent.partition("-")[2] for parent in told["parents"]]
 
     assert parents("sft-restart") == ["pretrain", "reject"] and parents("prefer") == ["sft-restart", "reject"]
-    assert parents("rl-last") == ["rl-all", "prefer"] and parents("distil") == ["sft-traces", "rl-last"]
+    assert (
+        parents("pretrain-student") == ["tokenizer"]
+        and parents("rl-last") == ["rl-all", "prefer"]
+        and parents("distil") == ["sft-traces", "rl-last"]
+    )
 
 
 def test_the_reward_model_pays_in_the_last_part(r1: tuple[Path, str]) -> None:
