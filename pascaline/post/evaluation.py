@@ -42,7 +42,7 @@ def evaluate(run: Run, name: str) -> dict[str, Any]:
     pieces: list[tuple[str, str, Callable[[Engine], dict[str, Any]]]] = []
 
     def piece(model: str, name: str, work: Callable[[Engine], dict[str, Any]]) -> None:
-        pieces.append((model, f"{model}-{name}", work))
+        pieces.append((model, f"{model}.{name}", work))  # a stage may be called rl-chain, and a puzzle chain
 
     base = _base(run.recipe)  # of our own, it reads plain text: it meets chat tokens only in sft
     sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, 1 if base != START else plan.samples, seed=SEED)
@@ -144,7 +144,7 @@ def report(run: Run) -> dict[str, Any]:
     parts = {p.stem: read_json(p) or {} for p in sorted((run.folder("eval") / "parts").glob("*.json"))}
     recipe, main = run.recipe, f"t{run.recipe.eval.temperature:g}"
     base, (before, after) = _base(recipe), compared(recipe)
-    measured = {base: parts[f"{base}-plain"], **{name: parts[f"{name}-{main}"] for name in recipe.talkers}}
+    measured = {base: parts[f"{base}.plain"], **{name: parts[f"{name}.{main}"] for name in recipe.talkers}}
     keys = ("accuracy", "accuracy_low", "accuracy_high", "n", "mean_tokens")
     rows = []
     spent = cost(run.out)
@@ -154,10 +154,10 @@ def report(run: Run) -> dict[str, Any]:
         rows.append({"name": name, **{k: facts.get(k) for k in keys}, "seconds": own.get("seconds"), "flops": own.get("flops")})
     order = [START, *recipe.talkers]
     protocols = [
-        {"model": next(m for m in sorted(order, key=len, reverse=True) if name.startswith(f"{m}-")),
+        {"model": name.partition(".")[0],
          **{k: v for k, v in part.items() if k not in ("by_problem", "examples", *COST)}}
         for name, part in parts.items()
-        if ("temperature" in part and name != f"{base}-plain") or name == f"{START}-plain"
+        if "temperature" in part and (base == START or name != f"{base}.plain")
     ]  # fmt: skip
     protocols.sort(key=lambda p: (recipe.eval.puzzles.index(p["puzzle"]), order.index(p["model"]), -p["temperature"]))
     told: dict[str, Any] = {"before": before, "after": after}
@@ -167,7 +167,7 @@ def report(run: Run) -> dict[str, Any]:
     for i, example in enumerate(measured[after]["examples"]):
         earlier = {"before": _said(measured[before]["examples"][i])} if before else {}
         examples.append({"prompt": example["prompt"], **earlier, "after": _said(example)})
-    votes, other = parts[f"{after}-votes"], parts.get(f"{before}-votes", {})
+    votes, other = parts[f"{after}.votes"], parts.get(f"{before}.votes", {})
 
     def curve(which: str) -> list[dict[str, Any]]:
         return [{"k": k, "accuracy": a, "before": b} for k, a, b in zip_longest(votes["k"], votes[which], other.get(which, []))]

@@ -57,9 +57,9 @@ def table(recipe: Recipe, parts: Mapping[str, Any]) -> dict[str, Any]:
     plan, first = recipe.eval, recipe.talkers[0]
     found, k = [], 1
     for name in recipe.talkers:
-        votes = {puzzle: parts[f"{name}-{puzzle}-votes" if i else f"{name}-votes"] for i, puzzle in enumerate(plan.puzzles)}
-        against = [parts[f"{first}-{puzzle}-votes" if i else f"{first}-votes"]["worth"] for i, puzzle in enumerate(plan.puzzles)]
-        once = {puzzle: parts[f"{name}-{puzzle}" if i else f"{name}-t{plan.temperature:g}"] for i, puzzle in enumerate(plan.puzzles)}
+        votes = {puzzle: parts[f"{name}.{puzzle}-votes" if i else f"{name}.votes"] for i, puzzle in enumerate(plan.puzzles)}
+        against = [parts[f"{first}.{puzzle}-votes" if i else f"{first}.votes"]["worth"] for i, puzzle in enumerate(plan.puzzles)]
+        once = {puzzle: parts[f"{name}.{puzzle}" if i else f"{name}.t{plan.temperature:g}"] for i, puzzle in enumerate(plan.puzzles)}
         at, k = max((i, k) for i, k in enumerate(votes[plan.puzzles[0]]["k"]) if k <= 16)
         puzzles = {
             puzzle: {"pass_1": once[puzzle]["accuracy"], "pass_k": vote["best_of"][at], "maj_k": vote["majority"][at]}

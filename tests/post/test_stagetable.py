@@ -19,8 +19,8 @@ def votes(worth: list[float], tokens: float = 10.0) -> dict:
 def parts() -> dict:
     found = {}
     for i, name in enumerate(("sft", "rl", "rl-more")):
-        found |= {f"{name}-t0.6": {"accuracy": 0.1 * (i + 1)}, f"{name}-chain": {"accuracy": 0.2}}
-        found |= {f"{name}-votes": votes([float(i), 1.0]), f"{name}-chain-votes": votes([0.0, 2.0 - i], 30.0)}
+        found |= {f"{name}.t0.6": {"accuracy": 0.1 * (i + 1)}, f"{name}.chain": {"accuracy": 0.2}}
+        found |= {f"{name}.votes": votes([float(i), 1.0]), f"{name}.chain-votes": votes([0.0, 2.0 - i], 30.0)}
     return found
 
 
@@ -51,3 +51,13 @@ def test_the_gain_is_of_the_last_model_that_rl_made() -> None:
     assert compared(parse({"chain": ["rl"], "rl": {"plain": True}}, "")) == ("pretrain", "rl")
     student = {"chain": ["sft", "rl", "pretrain-student", "sft-student"], "pretrain-student": {}, "sft-student": {}}
     assert compared(parse(student, "")) == ("sft", "rl")
+
+
+def test_a_stage_and_a_puzzle_may_share_a_name() -> None:
+    """[rl-chain] on the first puzzle is not [rl] on the puzzle chain."""
+    raw = {"chain": ["sft", "rl", "rl-chain"], "rl-chain": {}, "eval": EVAL}
+    found = parts()
+    for name in [name for name in found if name.startswith("rl-more.")]:
+        found[name.replace("rl-more.", "rl-chain.")] = found.pop(name)
+    rows = stagetable.table(parse(raw, ""), found)["rows"]
+    assert [row["mean_tokens"] for row in rows] == [20.0] * 3 and rows[2]["puzzles"]["countdown"]["pass_1"] == pytest.approx(0.3)
