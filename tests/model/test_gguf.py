@@ -214,7 +214,9 @@ def test_every_preset_can_be_written():
     for name, fields in PRESETS.items():
         config = ModelConfig(**fields)
         gguf._check(config)
-        assert gguf.keys(config)["attention.q_lora_rank"] == (config.q_lora_rank or 0), name
+        keys = gguf.keys(config)
+        expected = {"q_lora_rank": config.q_lora_rank or 0} if config.latent else {"head_count_kv": config.kv_heads}
+        assert {name: keys[f"attention.{name}"] for name in expected} == expected, name
 
 
 # ---- the command line
