@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pascaline.data import chats
 from pascaline.data.batch import batches
 from pascaline.engine import Engine
 from pascaline.eval.honesty import honesty
@@ -26,7 +27,7 @@ from pascaline.model.transformer import Model
 from pascaline.post import chain
 from pascaline.post.confession import confession_samples
 from pascaline.post.rollout import Rollouts
-from pascaline.post.sft import puzzle_samples
+from pascaline.post.sft import puzzle_chats
 from pascaline.recipe import Recipe, load
 from pascaline.runs import Metrics
 from pascaline.tokenizer import Tokenizer
@@ -39,7 +40,8 @@ TOLD = ("score", "low", "high", "n", "accuracy", "confessed", "false_alarm", "au
 
 def cold(model: Model, tokenizer: Tokenizer, recipe: Recipe, steps: int) -> None:
     """Teach the reports to the sft stage's model, with its own chats beside, so that it forgets none of them."""
-    samples = puzzle_samples(recipe.puzzles, tokenizer, recipe.seed) + confession_samples(recipe.puzzles, tokenizer, recipe.seed, 1.0)
+    taught = chats.gather(puzzle_chats(recipe.puzzles, recipe.seed), tokenizer, ["assistant"], 128)
+    samples = [*map(taught.get, range(len(taught.lengths))), *confession_samples(recipe.puzzles, tokenizer, recipe.seed, 1.0)]
     optimizer, rng = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0), random.Random(0)
     for _ in range(steps):
         found = batches(rng.sample(samples, 48), 128, 64, tokenizer.pad)

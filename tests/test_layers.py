@@ -1,5 +1,7 @@
 """The house keeps its order: a room imports only from rooms below it, and the light rooms stay light."""
 
+import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,16 @@ def test_import_contract() -> None:
 def test_light_rooms_import_nothing_heavy(code: str) -> None:
     check = f"import sys; {code}; found = {HEAVY!r} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_there_is(script: Path) -> None:
+    """Nothing else runs them: a renamed function would be noticed by whoever measures next."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pascaline"):
+            module = importlib.import_module(node.module or "")
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.import_module(f"{node.module}.{name.name}")
 
 
 def test_the_public_names() -> None:
