@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -345,6 +346,7 @@ def test_countdown_traces_say_only_what_is_true_and_never_try_twice(seed, number
         assert countdown.verify(problem, trace.answer) is (Verdict.RIGHT if right else Verdict.WRONG)
 
 
+@cache
 def fingerprint(expression):
     """Equal for expressions that the laws of arithmetic make equal: values modulo a prime with each number read as a fixed random one."""
     prime = 2**89 - 1
