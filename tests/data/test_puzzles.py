@@ -9,12 +9,14 @@ import time
 from collections import Counter
 from fractions import Fraction
 from functools import cache
+from importlib.metadata import EntryPoint
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pascaline import plugins
 from pascaline.data import puzzles
 from pascaline.data.puzzles import Problem, Verdict, arithmetic, chain, countdown, needle
 from pascaline.data.puzzles.expression import evaluate
@@ -503,3 +505,11 @@ def test_puzzles_are_found_by_name_and_by_path(tmp_path, monkeypatch):
             puzzles.get(bad)
     with pytest.raises(BadInput, match="did you mean 'countdown'"):
         puzzles.get("countdwn")
+
+
+def test_a_module_can_be_a_plugin(monkeypatch):
+    point = EntryPoint("links", "pascaline.data.puzzles.chain", puzzles.GROUP)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == puzzles.GROUP else [])
+    assert puzzles.get("links") is chain
+    with pytest.raises(BadInput, match=r"no puzzle 'linkz'; did you mean 'links'\? \(there are countdown, .*, links; or module:function\)"):
+        puzzles.get("linkz")
