@@ -370,12 +370,12 @@ def test_countdown_attempts_are_all_there_are_each_once_and_one_follows_the_othe
     tried = []
     for target in range(1, 100):
         problem = Problem("countdown", "", "", {"numbers": list(numbers), "target": target})
-        trace = countdown.trace(problem, rng, attempts=10**6, give_up=0.0, planted=0.0, false_claim=0.0)
+        trace = countdown.trace(problem, rng, attempts=10**4, give_up=0.0, planted=0.0, false_claim=0.0)  # more than there are
         assert (trace.answer != "none") == (countdown.solve(problem) is not None)
         tried.append([line.split("=")[0] for line in trace.thought.split("\n")])
     longest = max(tried, key=len)
     order = {fingerprint(e): i for i, e in enumerate(longest)}
-    assert len(order) == len(longest)
+    assert len(order) == len(longest) < 10**4
     for lines in tried:
         places = [order.get(fingerprint(e)) for e in lines]
         assert None not in places
