@@ -16,13 +16,14 @@ from pascaline.eval.questions import read_plain
 from pascaline.ledger import COST, Totals, cost
 from pascaline.model import hf
 from pascaline.post import extension, stagetable
+from pascaline.post.reward import RewardModel
 from pascaline.post.stage import Run
 from pascaline.post.verifiers import judge
 from pascaline.recipe import Recipe
 from pascaline.runs import machine, read_json, versions, write_json
 from pascaline.stopping import Interrupt
 from pascaline.tables import kind
-from pascaline.train.loop import active_parameters
+from pascaline.train.loop import forward_flops
 
 VOTES = (1, 2, 4, 8, 16, 32)
 EXAMPLES = 3
@@ -100,7 +101,8 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
                 before, began = engine.stats.generated + engine.stats.prefilled, time.perf_counter()
                 found = work(engine)
                 found["tokens"] = engine.stats.generated + engine.stats.prefilled - before
-                found |= {"flops": 2.0 * active_parameters(engine.model) * found["tokens"], "seconds": time.perf_counter() - began}
+                found["flops"] = forward_flops(engine.model, found["tokens"]) + found.pop("judge_flops", 0.0)
+                found["seconds"] = time.perf_counter() - began
                 spent.add(*(found[key] for key in COST))
                 write_json(path, found)
             stands.add(*(found.get(key, 0) for key in COST))
@@ -132,7 +134,7 @@ def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling, plain
     return {**how, **result.summary(), "by_problem": result.means, "examples": examples}
 
 
-def _votes(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool, judge: stagetable.Judge | None) -> dict[str, Any]:
+def _votes(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool, judge: RewardModel | None) -> dict[str, Any]:
     result = _asked(engine, problems, sampling, plain)
     counts = [k for k in VOTES if k <= sampling.n]
     majority, best = result.votes(counts)

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from pascaline.errors import BadInput
 from pascaline.ledger import COST, Totals
 from pascaline.model import hf
 from pascaline.post import reject_card
+from pascaline.post.reward import RewardModel
 from pascaline.post.stage import Run
 from pascaline.post.verifiers import closed, judge, scores
 from pascaline.post.verifiers.base import RIGHT
@@ -28,14 +29,13 @@ from pascaline.runs import read_json, write_atomic, write_json
 from pascaline.stopping import Interrupt
 from pascaline.tables import Puzzle, Reject
 from pascaline.tokenizer import Tokenizer
-from pascaline.train.loop import active_parameters
+from pascaline.train.loop import forward_flops
 
 PART = 512  # answers sampled at a time, about: what a stopped stage may have to do again
 BANDS = 4  # of solve rates: up to 25 %, 50 %, 75 % and 100 %
 REDRAWS = (1, 2, 4, 8)  # times as many problems are drawn to find enough different ones
 UNREADABLE = "\ufffd"  # bytes that are no text: they would be encoded as something else than what was sampled
 BROKEN = 0.1  # share of answers without a verdict above which it is said on screen
-Scorer = Callable[[list[list[int]]], Iterable[float]]
 
 
 @dataclass
@@ -156,7 +156,7 @@ def _sampled(run: Run, name: str, stage: Reject, problems: list[Problem]) -> tup
     parts = [problems[i : i + size] for i in range(0, len(problems), size)]
     groups: list[Group] = []
     spent, stands, trouble = Totals(), Totals(), ""
-    engine, score = None, None
+    engine, scorer = None, None
     if run.attempt:
         run.attempt.follow(lambda: (spent, stands))
     with run.progress(name, len(parts), "part") as progress, Interrupt() as interrupt:
@@ -164,8 +164,8 @@ def _sampled(run: Run, name: str, stage: Reject, problems: list[Problem]) -> tup
             path = run.folder(name) / "parts" / f"{i:03d}.json"
             if (found := read_json(path)) is None:
                 if engine is None:
-                    engine, score = _models(run, name, stage)
-                found = _part(engine, score, stage, part, random.Random(f"{name} {run.recipe.seed} {i}").getrandbits(48))
+                    engine, scorer = _models(run, name, stage)
+                found = _part(engine, scorer, stage, part, random.Random(f"{name} {run.recipe.seed} {i}").getrandbits(48))
                 spent.add(*(found[key] for key in COST))
                 write_json(path, found)
                 found = read_json(path) or {}  # as one that goes on reads it
@@ -183,16 +183,14 @@ def _sampled(run: Run, name: str, stage: Reject, problems: list[Problem]) -> tup
     return groups, stands, trouble
 
 
-def _models(run: Run, name: str, stage: Reject) -> tuple[Engine, Scorer | None]:
+def _models(run: Run, name: str, stage: Reject) -> tuple[Engine, RewardModel | None]:
     engine = Engine(hf.load(run.origin(name), run.dtype, run.device), run.tokenizer())
     if not stage.reward:
         return engine, None
-    from pascaline.post.reward import RewardModel
-
-    return engine, RewardModel.load(run.folder(stage.reward), run.dtype, run.device).scores
+    return engine, RewardModel.load(run.folder(stage.reward), run.dtype, run.device)
 
 
-def _part(engine: Engine, score: Scorer | None, stage: Reject, problems: list[Problem], seed: int) -> dict[str, Any]:
+def _part(engine: Engine, scorer: RewardModel | None, stage: Reject, problems: list[Problem], seed: int) -> dict[str, Any]:
     before, began = engine.stats.generated + engine.stats.prefilled, time.perf_counter()
     sampling = Sampling(stage.temperature, stage.top_p, stage.max_tokens, stage.samples, seed=seed)
     outputs = engine.generate([p.prompt for p in problems], sampling)
@@ -214,12 +212,14 @@ def _part(engine: Engine, score: Scorer | None, stage: Reject, problems: list[Pr
     for check in stage.checks:
         trouble = _check(check, [item for item in flat if _stands(item[2])]) or trouble
     good = [item for item in flat if _stands(item[2])]
-    if score and good:
-        given = score([[*tokenizer.prompt_ids(p.prompt), *o.token_ids] for p, o, _ in good])
+    read = 0.0
+    if scorer and good:
+        chats = [[*tokenizer.prompt_ids(p.prompt), *o.token_ids] for p, o, _ in good]
+        given, read = scorer.scores(chats), forward_flops(scorer.model, sum(map(len, chats)))
         for (_, _, answer), value in zip(good, given, strict=True):
             answer.score = float(value)
     tokens = engine.stats.generated + engine.stats.prefilled - before
-    spent = (time.perf_counter() - began, tokens, 2.0 * active_parameters(engine.model) * tokens)
+    spent = (time.perf_counter() - began, tokens, forward_flops(engine.model, tokens) + read)
     return {"answers": [[asdict(a) for a in row] for row in answers], "trouble": trouble, **dict(zip(COST, spent, strict=True))}
 
 

@@ -23,7 +23,7 @@ from pascaline.post.reference import Reference
 from pascaline.post.reward import RewardModel
 from pascaline.post.verifiers import judge, scores
 from pascaline.tables import Puzzle, Rl
-from pascaline.train.loop import active_parameters
+from pascaline.train.loop import active_parameters, forward_flops
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Rollouts:
         self.judges: dict[str, RewardModel] = {}  # earlier stages' reward models, by name
         self.facts: dict[str, Any] = {}
         self.flops_per_token = 2.0 * active_parameters(engine.model)
+        self.read = 0.0  # FLOPs of a step's other models: of judges and reference
 
     def problems(self, step: int, refill: int = 0) -> list[Problem]:
         """This step's prompts, spread evenly over the puzzles; never a held-out one."""
@@ -81,7 +82,7 @@ class Rollouts:
         return found
 
     def step(self, step: int) -> list[Batch]:
-        before = self._tokens()
+        before, self.read = self._tokens(), 0.0
         groups = self._sampled(step, 0, self.problems(step))
         told = instruments.facts(groups.outputs, groups.verdicts, groups.reward, groups.known, groups.flat)  # refills are chosen ones
         if self.traces:
@@ -98,8 +99,11 @@ class Rollouts:
         row = max([self.rl.sequence_length, *(len(s.tokens) for s in samples)])
         found = batches(samples, row, max(self.rl.micro_tokens // row, 1), self.engine.tokenizer.pad)
         with self.clock("update"):
-            found = self.reference.compared(found, step) if self.reference else found
-        self.facts = {**told, **more, "rollout_tokens": spent, "rollout_flops": spent * self.flops_per_token, **self.clock.taken()}
+            if self.reference:
+                found = self.reference.compared(found, step)
+                self.read += forward_flops(self.reference.model, sum(len(s.tokens) for s in samples))
+        flops = spent * self.flops_per_token + self.read
+        self.facts = {**told, **more, "rollout_tokens": spent, "rollout_flops": flops, **self.clock.taken()}
         return found
 
     def _sampled(self, step: int, refill: int, problems: list[Problem]) -> Groups:
@@ -169,6 +173,7 @@ class Rollouts:
     def _preferred(self, judge: RewardModel, problems: list[Problem], outputs: list[list[Output]]) -> np.ndarray:
         """How likely each answer is better than its group's average, by a reward model [G, n]: its scores have no zero of their own."""
         ids = [self.prompt_ids(p.prompt) + o.token_ids for p, group in zip(problems, outputs, strict=True) for o in group]
+        self.read += forward_flops(judge.model, sum(map(len, ids)))
         score = judge.scores(ids).reshape(len(problems), -1).astype(np.float64)
         return np.asarray(1 / (1 + np.exp(score.mean(1, keepdims=True) - score)))
 

@@ -1,7 +1,7 @@
 """The table of a chain: a row a stage, what it does on each puzzle, how it answers, what it cost. R1's Dev1/Dev2/Dev3 (arXiv 2501.12948v2,
 table 3) in the small."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,41 +9,40 @@ import numpy as np
 from pascaline.engine import Engine
 from pascaline.eval.passk import mean_interval
 from pascaline.eval.tasks import Result
+from pascaline.post.reward import RewardModel
 from pascaline.post.stage import Run
 from pascaline.post.verifiers import scores
 from pascaline.recipe import Recipe
+from pascaline.train.loop import forward_flops
 
 STYLE = ("format", "language")  # verifiers whose mean score stands in the table
-Judge = Callable[[list[list[int]]], np.ndarray]
 
 
-def judge(run: Run) -> Judge | None:
+def judge(run: Run) -> RewardModel | None:
     """The reward model of the chain, which says of token ids (prompt and answer) how good the answer is; None in a chain without one."""
     name = next((stage for stage in run.recipe.chain if run.recipe.judges(stage)), None)
     if name is None:
         return None
-    from pascaline.post.reward import RewardModel
-
-    model = RewardModel.load(run.folder(name))
-    return lambda answers: model.scores(answers)
+    return RewardModel.load(run.folder(name))
 
 
-def measured(engine: Engine, result: Result, judge: Judge | None) -> dict[str, Any]:
+def measured(engine: Engine, result: Result, judge: RewardModel | None) -> dict[str, Any]:
     """Of a model's answers: the mean score of each verifier of STYLE, length, and `worth`: for each problem how good the first answer
-    is, by the reward model or, without one, 1 where it is right."""
+    is, by the reward model, which has spent `judge_flops` on it, or, without one, 1 where it is right."""
     own = engine.tokenizer
     assert own is not None
     each = [(problem, output) for problem, group in zip(result.problems, result.outputs, strict=True) for output in group]
     style = {name: scores(name, [p for p, _ in each], [o for _, o in each])[0] for name in STYLE}
     if judge:
         first = [own.prompt_ids(p.prompt) + group[0].token_ids for p, group in zip(result.problems, result.outputs, strict=True)]
-        worth = [float(score) for score in judge(first)]
+        worth = [float(score) for score in judge.scores(first)]
+        spent = {"judge_flops": forward_flops(judge.model, sum(map(len, first)))}
     else:
-        worth = result.right[:, 0].astype(float).tolist()
+        worth, spent = result.right[:, 0].astype(float).tolist(), {}
     lengths = [len(output.token_ids) for _, output in each]
     return {
         **{name: float(np.mean([s or 0.0 for s in found])) for name, found in style.items()},
-        "mean_tokens": float(np.mean(lengths)), "worth": worth,
+        "mean_tokens": float(np.mean(lengths)), "worth": worth, **spent,
     }  # fmt: skip
 
 

@@ -385,3 +385,8 @@ def active_parameters(model: Model) -> float:
     routed = sum(s for name, s in sizes.items() if ".experts." in name)
     active = sum(sizes.values()) - routed + routed * c.num_experts_per_tok / max(c.n_routed_experts, 1)
     return active if c.tie_word_embeddings else active - c.vocab_size * c.hidden_size
+
+
+def forward_flops(model: Model, tokens: int) -> float:
+    """Of reading so many tokens: 2 for each active parameter."""
+    return 2.0 * active_parameters(model) * tokens

@@ -11,8 +11,10 @@ from pascaline.data.batch import collate
 from pascaline.engine import Engine, Output
 from pascaline.errors import BadInput
 from pascaline.model import hf
+from pascaline.model.transformer import RewardHead
 from pascaline.post import grpo
 from pascaline.post.reference import Reference
+from pascaline.post.reward import RewardModel
 from pascaline.post.rollout import Rollouts, rl_sample
 from pascaline.recipe import load
 from pascaline.tables import ALGORITHMS
@@ -135,6 +137,25 @@ def test_the_reference_is_where_rl_began(engine: Engine, coin_run: Path, tmp_pat
             p.mul_(1.3)
     own.update_weights()
     assert distance() > 1e-4
+
+
+def test_what_judge_and_reference_read_is_counted(engine: Engine, coin_run: Path, tmp_path: Path) -> None:
+    """2 FLOPs for each active parameter and token: of the judge all answers with their prompts, of the reference those that teach."""
+    origin = coin_run / "04-sft" / "model"
+    model, small = hf.load(origin), tiny_model(vocab_size=engine.tokenizer.vocab_size, model_type="qwen3", max_position_embeddings=512)
+    source = rollouts(Engine(model, engine.tokenizer), coin_run, Reference(model, origin, tmp_path, 0, 0), rewards={"judge": 0.1}, kl=0.5)
+    small.reward_head = RewardHead(24)
+    source.judges = {"judge": RewardModel(small, engine.tokenizer)}
+    rated: list[list[int]] = []
+    scores = source.judges["judge"].scores
+    source.judges["judge"].scores = lambda chats: rated.extend(chats) or scores(chats)  # type: ignore[method-assign]
+    for step in range(2):
+        rated.clear()
+        taught = sum(int((batch.document_ids >= 0).sum()) for batch in source.step(step))
+        judge = sum(p.numel() for p in small.parameters()) - 24 * engine.tokenizer.vocab_size
+        assert len(rated) == source.rl.prompts * source.rl.samples and taught > 0
+        own = (source.facts["rollout_tokens"] + taught) * source.flops_per_token
+        assert source.facts["rollout_flops"] == pytest.approx(own + 2 * judge * sum(map(len, rated)), rel=1e-12)
 
 
 def test_the_reference_follows_from_the_step_alone(tmp_path: Path) -> None:

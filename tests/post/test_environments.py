@@ -2,11 +2,12 @@
 
 import sys
 import time
-from types import SimpleNamespace
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
 
+from pascaline import plugins
 from pascaline.data.puzzles import Problem
 from pascaline.errors import BadInput
 from pascaline.post import environments
@@ -155,8 +156,8 @@ def test_an_environment_is_found_by_name_or_path() -> None:
 
 
 def test_an_installed_plugin_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = SimpleNamespace(name="quiet", value=f"{__name__}:Silent")
-    monkeypatch.setattr(environments, "entry_points", lambda group: [point] if group == "pascaline.environments" else [])
+    point = EntryPoint("quiet", f"{__name__}:Silent", "pascaline.environments")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == "pascaline.environments" else [])
     assert environments.get("quiet") is sys.modules[__name__].Silent
 
 

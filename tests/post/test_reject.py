@@ -5,6 +5,7 @@ import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from pascaline.recipe import Recipe, load
 from pascaline.runs import read_json
 from pascaline.stopping import Stopped
 from pascaline.tables import Puzzle, Reject
+from pascaline.train.loop import active_parameters
 
 COIN = Path(__file__).parent.parent / "coin.toml"
 CUT = object()  # said to the length limit
@@ -82,7 +84,9 @@ def run(out: Path, **settings: Any) -> Run:
 def rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Path, Scripted]]:
     def work(script: Callable[[str, int], Said], out: str = "run", score: Any = None, **settings: Any) -> tuple[Path, Scripted]:
         engine = Scripted(script)
-        monkeypatch.setattr(reject, "_models", lambda *_: (engine, score))
+        monkeypatch.setattr(
+            reject, "_models", lambda *_: (engine, score and SimpleNamespace(scores=score, model=tiny_model(3, model_type="qwen3")))
+        )
         current = run(tmp_path / out, **settings)
         reject.reject(current, "reject")
         return current.folder("reject"), engine
@@ -195,6 +199,10 @@ def test_a_reward_model_says_which_right_answers_are_the_best(rejected: Any) -> 
     first = engine.asked[0][0][0]
     assert seen[0] == [*engine.tokenizer.prompt_ids(first), *engine.tokenizer.chat_ids(first, "toss", "0")[1]]
     assert len(seen) == 8 * 4
+    part = read_json(folder / "parts" / "000.json") or {}
+    scorer = sum(p.numel() for p in tiny_model(3, model_type="qwen3").parameters()) - 61 * 24  # all but the embedding's lookup
+    policy, read = part["tokens"] * 2 * active_parameters(engine.model), sum(map(len, seen)) * 2 * scorer
+    assert part["tokens"] == engine.stats.generated and part["flops"] == policy + read > policy
     folder, _ = rejected(lambda prompt, i: ("toss", str(i)), out="plain", keep=3)
     assert [c["messages"][1]["content"] for c in lines(folder / "chats.jsonl")] == ["0", "2", "4"] * 8
 

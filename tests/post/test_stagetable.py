@@ -1,11 +1,22 @@
 """The table of a chain: what stands in it, and how it is shown."""
 
-import pytest
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from pascaline.data.puzzles import Problem
+from pascaline.engine import Output
 from pascaline.eval import chaintable
-from pascaline.post import stagetable
+from pascaline.post import evaluation, stagetable
 from pascaline.post.evaluation import compared
+from pascaline.post.stage import Run
 from pascaline.recipe import parse
+from pascaline.runs import read_json
+from pascaline.train.loop import active_parameters
 
 EVAL = {"puzzles": ["countdown", "chain"], "votes": 32, "vote_problems": 2, "temperature": 0.6}
 RAW = {"chain": ["sft", "rl", "rl-more"], "rl-more": {}, "eval": EVAL}
@@ -37,6 +48,30 @@ def test_a_row_a_stage_with_wins_against_the_first() -> None:
     assert len(rows) == 3 and all(len(row) == len(head) for row in rows)
     assert rows[0][:2] == ["sft", "10.0 / 80.0 / 50.0"] and rows[0][-2] == "3.0 s"
     assert "the verifier finds" in note and "that of sft" in note
+
+
+def test_what_the_judge_reads_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each problem's first answer, with its prompt, beside what the engine samples."""
+    tokenizer, small = tiny_tokenizer(), tiny_model(model_type="qwen3")
+    engine = SimpleNamespace(tokenizer=tokenizer, model=tiny_model(), stats=SimpleNamespace(generated=0, prefilled=0))
+    problems = [Problem("chain", "hi", "", {}), Problem("chain", "what?", "", {})]
+    answers = [[Output([3] * n, [0.0] * n, "stop", "x", None) for n in lengths] for lengths in ((4, 9), (2, 8))]
+    judge = SimpleNamespace(model=small, scores=lambda chats: [float(len(chat)) for chat in chats])
+    lengths = [len(tokenizer.prompt_ids("hi")) + 4, len(tokenizer.prompt_ids("what?")) + 2]
+
+    def work(own: Any) -> dict[str, Any]:
+        own.stats.generated += 23
+        return stagetable.measured(own, SimpleNamespace(problems=problems, outputs=answers), judge)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation, "Engine", lambda *_: engine)
+    monkeypatch.setattr(evaluation.hf, "load", lambda *_: None)
+    bare = Run(parse({}, ""), tmp_path, torch.device("cpu"), torch.float32, quiet=True)
+    monkeypatch.setattr(Run, "tokenizer", lambda self: tokenizer)
+    evaluation._work(bare, [("sft", "votes", work)])
+    [part] = (read_json(path) or {} for path in tmp_path.rglob("votes.json"))
+    active = sum(p.numel() for p in small.parameters()) - 61 * 24
+    assert part["worth"] == lengths and part["tokens"] == 23 and "judge_flops" not in part
+    assert part["flops"] == 2 * (23 * active_parameters(engine.model) + sum(lengths) * active)
 
 
 def test_one_stage_has_nothing_to_be_compared_with() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,15 +20,19 @@ def ask(engine: FakeEngine, body: dict[str, Any], url: str = URL, **options: Any
 
     async def one() -> Any:
         async with connected(engine, **options) as client:
-            answer = await client.post(url, json=body)
-            for _ in range(300):  # what is cancelled is so before the engine's next step, not before the answer
-                if engine.empty:
-                    break
-                await asyncio.sleep(0.01)
-            assert engine.empty and not client.app.state.service.jobs
-            return answer
+            return await answered(client, engine, body, url)
 
     return asyncio.run(one())
+
+
+async def answered(client: Any, engine: FakeEngine, body: dict[str, Any], url: str = URL) -> Any:
+    answer = await client.post(url, json=body)
+    for _ in range(300):  # what is cancelled is so before the engine's next step, not before the answer
+        if engine.empty:
+            break
+        await asyncio.sleep(0.01)
+    assert engine.empty and not client.app.state.service.jobs
+    return answer
 
 
 def events(text: str) -> list[Any]:
@@ -42,7 +47,10 @@ def events(text: str) -> list[Any]:
 
 
 def streamed(engine: FakeEngine, **body: Any) -> list[Any]:
-    answer = ask(engine, {"messages": HI, "stream": True, **body})
+    return streamed_in(ask(engine, {"messages": HI, "stream": True, **body}))
+
+
+def streamed_in(answer: Any) -> list[Any]:
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
     return events(answer.text)
 
@@ -123,17 +131,30 @@ def test_several_answers_interleave_by_index():
 SAID = st.lists(st.sampled_from(["<think>", "</think>", "</thi", "STOP", "ST", "é", "日", "\n", " ", "a", "12"]), max_size=12).map("".join)
 
 
+@pytest.fixture(scope="module")
+def standing() -> Iterator[Callable[..., Any]]:
+    """post(said, body) -> the answer of one server that stands for many requests: making one takes far longer than an answer."""
+    engine = FakeEngine()
+    with asyncio.Runner() as runner:
+        server = connected(engine)
+        client = runner.run(server.__aenter__())
+
+        def post(said: str, body: dict[str, Any]) -> Any:
+            engine.say = lambda *_: said
+            return runner.run(answered(client, engine, body))
+
+        yield post
+        runner.run(server.__aexit__(None, None, None))
+
+
 @settings(max_examples=60, deadline=None)
 @given(said=SAID, stop=st.sampled_from([None, "STOP", ["é", "a日"]]), thinking=st.booleans(), ended=st.booleans())
-def test_a_stream_is_the_whole(said, stop, thinking, ended):
+def test_a_stream_is_the_whole(standing, said, stop, thinking, ended):
     """serving.md C 1, 2, 3, 4 and 16: unclosed thoughts, stop strings in thoughts and text, quoted tags, characters split over tokens."""
-
-    def answers() -> FakeEngine:
-        return FakeEngine(lambda *_: said + ("<|end|>" if ended else "a<|end|>"))
-
+    said += "<|end|>" if ended else "a<|end|>"
     body = {"messages": HI, "stop": stop, "thinking": thinking, "max_tokens": 500 if ended else 5, "logprobs": True, "top_logprobs": 1}
-    whole = ask(answers(), body).json()["choices"][0]
-    chunks = streamed(answers(), **{**body, "messages": HI})
+    whole = standing(said, body).json()["choices"][0]
+    chunks = streamed_in(standing(said, body | {"stream": True}))
     thought, text = joined(chunks)
     assert text == whole["message"]["content"] and thought == (whole["message"].get("reasoning_content") or "")
     assert chunks[-2]["choices"][0]["finish_reason"] == whole["finish_reason"]

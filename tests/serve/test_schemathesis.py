@@ -1,6 +1,7 @@
 """Schemathesis against /openapi.json: whatever it sends, right or wrong, the answer is one that is declared there, and never a 5xx."""
 
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -25,8 +26,10 @@ CASES = {  # (that fit the schema, that do not); a route without parameters has 
     "POST /v1/chat/completions": (500, 300),
     "POST /v1/completions": (2300, 2300),
     "POST /tokenize": (2000, 100),
-    "GET /v1/models/{name}": (2700, 0),
+    (NAMED := "GET /v1/models/{name}"): (2700, 0),  # the one name there is may not be drawn
 }
+# 4 of 5 ms of a case go into drawing it; all of them take three minutes of one core, with PASCALINE_ALL_CASES=1
+PART = 1 if os.environ.get("PASCALINE_ALL_CASES") else 5
 
 
 def served(**options):
@@ -76,21 +79,25 @@ def check_stream(text: str) -> None:
     assert all("choices" in json.loads(event.removeprefix("data: ")) for event in events)
 
 
-@pytest.mark.timeout(1800)  # one and a half minutes of one core, on a machine that has nothing else to do
+@pytest.mark.timeout(1800)
 def test_ten_thousand_cases():
+    """A fifth of them, the same each time, unless all are asked for: see PART."""
     schema, engine = served()
     total: Counter = Counter()
     labels = set()
     for operation in (found.ok() for found in schema.get_all_operations()):
         labels.add(operation.label)
-        for mode, count in zip(GenerationMode, CASES.get(operation.label, (1, 0)), strict=True):
+        for mode, whole in zip(GenerationMode, CASES.get(operation.label, (1, 0)), strict=True):
+            count = -(-whole // PART)
             seen = send(operation, mode, count) if count else Counter()
-            assert not count or mode.is_negative or 200 in seen, (operation.label, seen)
+            assert not count or mode.is_negative or 200 in seen or operation.label == NAMED, (operation.label, seen)
             assert not mode.is_negative or not count or seen[400] > 0.8 * count
             total += seen
+    named = schema["/v1/models/{name}"]["GET"].Case(path_parameters={"name": "model"}).call_and_validate(checks=CHECKS)
+    assert named.status_code == 200
     streams = total.pop("streams")
     assert labels >= {*CASES, "GET /v1/models", "GET /health", "GET /ready", "GET /version", "GET /metrics"}
-    assert total.total() >= 10_000 and total[200] > 2_000 and streams > 100, total
+    assert total.total() >= 10_000 / PART and total[200] > 2_000 / PART and streams > 100 / PART, total
     assert set(total) <= {200, 400, 404, 413, 429}
     assert engine.empty
 

@@ -1,7 +1,8 @@
 """Ranks that share out the experts against one process and against ranks that share out the data only."""
 
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,27 @@ def agree(one: Path, other: Path, rel: float = 1e-3) -> None:
     assert all(torch.allclose(files[0][name], files[1][name], atol=2e-3) for name in files[0])
 
 
+@pytest.fixture(scope="module")
+def fifty(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """Fifty steps of a kind by one rank alone, and the settings; trained once for all that compare with it."""
+
+    @cache
+    def trained(kind: str) -> tuple[Path, dict[str, Any]]:
+        folder, settings = tmp_path_factory.mktemp("alone"), {"eps": 1e-3, "steps": 50, **KINDS[kind]}
+        alone(folder, **settings)
+        return folder, settings
+
+    return trained
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_fifty_steps_alone_by_data_and_by_experts(kind: str, tmp_path: Path) -> None:
+def test_fifty_steps_alone_by_data_and_by_experts(kind: str, tmp_path: Path, fifty: Callable[..., Any]) -> None:
     """MTP layers and group limits included; Adam's epsilon keeps rounding from deciding a direction."""
-    settings = {"eps": 1e-3, "steps": 50, **KINDS[kind]}
-    alone(tmp_path / "one", **settings)
+    one, settings = fifty(kind)
     assert together(2, tmp_path / "data", **settings) == ["", ""]
     assert together(2, tmp_path / "experts", experts=2, **settings) == ["", ""]
-    agree(tmp_path / "one", tmp_path / "data")
-    agree(tmp_path / "one", tmp_path / "experts")
+    agree(one, tmp_path / "data")
+    agree(one, tmp_path / "experts")
 
 
 def test_four_ranks_two_by_two(tmp_path: Path) -> None:
@@ -63,13 +76,12 @@ def test_four_ranks_two_by_two(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fifty_steps_alone_and_in_two_replicas(kind: str, tmp_path: Path) -> None:
+def test_fifty_steps_alone_and_in_two_replicas(kind: str, tmp_path: Path, fifty: Callable[..., Any]) -> None:
     """Each has the whole model; the gradient norm among the figures counts it once."""
-    settings = {"eps": 1e-3, "steps": 50, **KINDS[kind]}
-    alone(tmp_path / "one", **settings)
+    one, settings = fifty(kind)
     assert together(2, tmp_path / "two", replicas=2, **settings) == ["", ""]
-    agree(tmp_path / "one", tmp_path / "two")
-    assert samples(tmp_path / "one") == samples(tmp_path / "two")
+    agree(one, tmp_path / "two")
+    assert samples(one) == samples(tmp_path / "two")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The losses of reinforcement and of preferences against TRL's own code, on the same log-probabilities: value and gradient."""
 
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,83 @@ def test_each_algorithm_is_trls(name: str, more: dict[str, float]) -> None:
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
         taught += bool(gradients[0].abs().max() > 0)
     assert taught >= 4  # a narrow clip may hold all of a draw's gradients back
+
+
+def trl_rloo(rl: Rl, own: Tensor, old: Tensor, ref: Tensor, reward: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """What RLOOTrainer makes of them, its model left out: the loss, and the advantages."""
+    from trl.trainer.rloo_trainer import RLOOTrainer
+
+    said, logs = iter([old, ref]), defaultdict(list)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu", process_index=0, gather=lambda x: x, reduce=lambda x, reduction: x),
+        model=SimpleNamespace(training=True, is_gradient_checkpointing=False), ref_model=True,
+        beta=rl.kl, epsilon_low=rl.clip_low, epsilon_high=rl.clip_high,
+        args=SimpleNamespace(per_device_train_batch_size=1, gradient_checkpointing_kwargs=None), mask_truncated_completions=False,
+        aux_loss_enabled=False, pad_to_multiple_of=None, _tokenizer=SimpleNamespace(pad_token_id=0), num_generations=group,
+        reward_weights=torch.ones(1), reward_clip_range=None, normalize_advantages=False, reward_func_names=["it"],
+        _metrics={"train": defaultdict(list)}, _logs={**logs, "prompt": [], "completion": [], "advantages": [], "rewards": logs},
+        _pending_extra_logs={}, _pending_metrics={}, _calculate_rewards=lambda *_: reward[:, None].clone(),
+        _generate=lambda prompts: ([[1]] * len(LENGTHS), [[1] * n for n in LENGTHS], [""] * len(LENGTHS)),
+        _get_per_token_logps_and_entropies=lambda *a, **k: (next(said), None, None),
+    )  # fmt: skip
+    inputs = RLOOTrainer._generate_and_score_completions(trainer, [{"prompt": ""}] * len(LENGTHS))
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: (own, torch.zeros_like(own), None)
+    return RLOOTrainer._compute_loss(trainer, None, inputs), inputs["advantages"]
+
+
+def left_out(reward: Tensor, group: int) -> Tensor:
+    """Our advantages [answers] of groups that have a right answer and a wrong one; NaN could not be judged."""
+    reward_Gn = reward.reshape(-1, group).numpy()
+    right = np.arange(group) == np.zeros((len(reward_Gn), 1))
+    found, flat = grpo.advantages(np.nan_to_num(reward_Gn), right, ~np.isnan(reward_Gn), ALGORITHMS["rloo"]["advantage"])
+    assert not flat.any()
+    return torch.from_numpy(found).flatten()
+
+
+@pytest.mark.parametrize("group", [2, 4])
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_the_advantages_of_rloo_are_trls(group: int, kl: float) -> None:
+    """By definition they differ in KL: TRL takes its beta (log pi_old - log pi_ref), summed over the answer, from the reward, ours is k3 of
+    each token in the loss, and 0 unless it is asked for. As a reward it gives the same here; no outcome, no say, in both."""
+    for seed in range(4):
+        own, old, _, ref, reward = drawn(seed)
+        if group == 4:
+            reward[3] = torch.nan
+        _, expected = trl_rloo(Rl(algorithm="rloo", kl=kl), own, old, ref, reward, group)
+        found = left_out(reward - kl * ((old - ref) * mask()).sum(1), group)
+        torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-6)
+        assert found.abs().max() > 0.1 and Rl(algorithm="rloo").kl == 0
+
+
+def test_the_gradient_of_rloo_is_trls_where_it_has_just_sampled() -> None:
+    """But for a constant: theirs is the mean over answers, ours that over max_tokens too (Dr. GRPO's), which Adam does not see. Values
+    differ: at ratio 1 theirs is the mean of the advantages, 0, ours weighs them by length."""
+    for seed in range(4):
+        own, _, _, ref, reward = drawn(seed)
+        rl = Rl(algorithm="rloo")
+        loss, advantages = trl_rloo(rl, own, own.detach(), ref, reward, 4)
+        ours = our_loss(rl, own, own.detach(), own.detach(), ref, left_out(reward, 4))
+        expected, found = (torch.autograd.grad(each, own)[0] for each in (loss, ours))
+        torch.testing.assert_close(LIMIT * found, expected, rtol=1e-6, atol=1e-9)
+        assert expected.abs().max() > 0.1 and loss.item() == pytest.approx(0, abs=1e-6) and abs(ours.item()) > 1e-3
+        assert loss.item() == pytest.approx(-advantages.mean().item(), abs=1e-6)
+
+
+def test_the_loss_of_rloo_is_trls_for_answers_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off-policy they differ by definition: TRL clips the ratio of the whole answer, a product, ours each token's. For one they agree."""
+    monkeypatch.setattr(sys.modules[__name__], "LENGTHS", np.ones(4, int))
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT", 1)
+    clipped = 0
+    for seed in range(8):
+        own, old, _, ref, reward = drawn(seed)
+        rl = Rl(algorithm="rloo")
+        loss, _ = trl_rloo(rl, own, old, ref, reward, 4)
+        ours = our_loss(rl, own, old, old, ref, left_out(reward, 4))
+        assert ours.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
+        expected, found = (torch.autograd.grad(each, own)[0] for each in (loss, ours))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        clipped += int((expected == 0).sum())
+    assert 0 < clipped < 8 * 4
 
 
 def test_the_unbiased_distance_is_trls() -> None:

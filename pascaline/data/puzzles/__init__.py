@@ -6,18 +6,17 @@ the entry-point group `pascaline.puzzles` or named as `module:function`.
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
-from importlib.metadata import entry_points
 from typing import Any, cast
 
+from pascaline import plugins
 from pascaline.data.puzzles import arithmetic, chain, countdown, gym, needle
 from pascaline.data.puzzles.base import Dial, Problem, Puzzle, Trace, Verdict
-from pascaline.errors import BadInput, nearest
+from pascaline.errors import BadInput
 
 __all__ = ["BUILT_IN", "Dial", "Problem", "Puzzle", "Trace", "Verdict", "draw", "get", "held_out", "problems"]
 
@@ -43,19 +42,7 @@ def get(name: str) -> Puzzle:
         return BUILT_IN[name]
     if name.startswith(gym.PREFIX):
         return cast(Puzzle, gym.get(name))
-    plugins = {point.name: point for point in entry_points(group=GROUP)}
-    if name not in plugins and ":" not in name:
-        known = [*BUILT_IN, *plugins]
-        raise BadInput(f"no puzzle '{name}'{nearest(name, known)} (there are {', '.join(known)}; or module:function)")
-    try:
-        if name in plugins:
-            found = plugins[name].load()
-        else:
-            module, _, attribute = name.partition(":")
-            found = getattr(importlib.import_module(module), attribute)
-        found = found() if callable(found) else found
-    except Exception as error:  # a plugin is the user's code: whatever it raises is told in one sentence
-        raise BadInput(f"puzzle '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+    found = plugins.load("puzzle", name, GROUP, BUILT_IN, lambda named: named() if callable(named) else named)
     missing = [part for part in ("generate", "trace", "solve", "verify") if not callable(getattr(found, part, None))]
     if missing:
         raise BadInput(f"puzzle '{name}' lacks {', '.join(missing)}; a puzzle has generate, trace, solve and verify")

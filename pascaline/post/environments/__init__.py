@@ -6,13 +6,12 @@ Built in are `calculator` and `python`; others come through the entry-point grou
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import entry_points
 from typing import cast
 
-from pascaline.errors import BadInput, nearest
+from pascaline import plugins
+from pascaline.errors import BadInput
 from pascaline.post.environments.base import Environment, Observation, Refused, Tool
 from pascaline.post.environments.calculator import Calculator
 from pascaline.post.environments.python import Python
@@ -29,17 +28,7 @@ def get(name: str) -> Callable[[], Environment]:
     function or class that is called without arguments). BadInput for an unknown name or for what makes no environment."""
     if name in BUILT_IN:
         return BUILT_IN[name]
-    plugins = {point.name: point.value for point in entry_points(group=GROUP)}
-    path = plugins.get(name, name)
-    if ":" not in path:
-        known = [*BUILT_IN, *plugins]
-        raise BadInput(f"no environment '{name}'{nearest(name, known)} (there are {', '.join(known)}; or module:function)")
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-        made = found() if callable(found) else None
-    except Exception as error:  # a plugin is the user's code: whatever it raises is told in one sentence
-        raise BadInput(f"environment '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+    found, made = plugins.load("environment", name, GROUP, BUILT_IN, lambda named: (named, named() if callable(named) else None))
     missing = [part for part in ("reset", "step") if not callable(getattr(made, part, None))]
     if missing:
         raise BadInput(f"environment '{name}' must be a function or class that gives, called without arguments, an object with reset and "

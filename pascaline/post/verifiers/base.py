@@ -7,13 +7,12 @@ wrong, and None means that it could not judge. A completion is the whole text, `
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from pascaline.errors import BadInput, nearest
+from pascaline import plugins
+from pascaline.errors import BadInput
 from pascaline.tokenizer import THINK, UNTHINK
 
 if TYPE_CHECKING:  # the processes of the pool load this room, and have no use for torch
@@ -61,16 +60,7 @@ def split(completion: str) -> tuple[str | None, str | None]:
 def get(name: str) -> Verifier:
     """The verifier of this name: built in, installed by a plugin (entry-point group pascaline.verifiers), or at `module:function`.
     BadInput for an unknown name, for one whose extra is not installed, and for what cannot be called."""
-    plugins = {point.name: point.value for point in entry_points(group=GROUP)}
-    path = BUILT_IN.get(name) or plugins.get(name) or name
-    if ":" not in path:
-        known = [*BUILT_IN, *plugins]
-        raise BadInput(f"no verifier '{name}'{nearest(name, known)} (there are {', '.join(known)}; or module:function)")
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a plugin is the user's code: whatever it raises is told in one sentence
-        raise BadInput(f"verifier '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+    found: Verifier = plugins.load("verifier", name, GROUP, BUILT_IN)
     if not callable(found):
         raise BadInput(f"verifier '{name}' is no function, but {type(found).__name__}.")
     return found
