@@ -27,11 +27,11 @@ def tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
         note = (
             f"Best of k answers by the grades of {found['grader']}, against the majority of the m answers that cost no more tokens a "
             f"problem (prompt, answers and grades), at the largest k for which m were sampled. Differences in points, paired over "
-            f"{rows[0]['n']} held-out problems, with 95% intervals; dashes: a grade costs more than all answers."
+            f"{rows[0]['n']} held-out problems, with 95% intervals. Without k: a grade costs more than all answers."
         )
         parts.append((note, [["model", "puzzle", *BEST], *([row["model"], row["puzzle"], *_best(row)] for row in rows)]))
         real = [[row["model"], row["puzzle"], *_quality(row), _short(row["auc"]), count(row["grade_tokens"])] for row in rows]
-        note = NOTE.format(what=f"the models' answers, by {found['grader']}")
+        note = f"Grades of the models' answers, by {found['grader']}, as above." if graders else NOTE.format(what="the models' answers")
         note += " AUC: chance that a right answer scores above a wrong one; tokens: of a grade, its prompt too."
         parts.append((note, [["answers of", "to", *QUALITY, "AUC", "tokens"], *real]))
     return parts
@@ -39,14 +39,8 @@ def tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
 
 def _quality(row: Mapping[str, Any]) -> list[str]:
     shares = [percent(row[key]) for key in ("verdict", "named", "sound")]
-    return [
-        count(row["attempts"]),
-        percent(row["real"]),
-        between(row, percent, "real_"),
-        *shares,
-        _short(row["brier"]),
-        percent(row["missing"]),
-    ]
+    grades = [percent(row["real"]), between(row, percent, "real_")]
+    return [count(row["attempts"]), *grades, *shares, _short(row["brier"]), percent(row["missing"])]
 
 
 def _best(row: Mapping[str, Any]) -> list[str]:

@@ -204,7 +204,7 @@ def report(run: Run) -> dict[str, Any]:
     extended = {"extension": read_json(run.folder("extend") / extension.FILE)} if run.recipe.extend else {}
     return {
         **extended, "stages": rows, "protocols": protocols, "gain": told,
-        "table": stagetable.table(recipe, parts), "grading": grading.table(recipe, parts),
+        "table": stagetable.table(recipe, parts), "grading": stagetable.graded(recipe, parts),
         "majority": curve("majority"), "best_of": curve("best_of"), "votes_n": votes["n"], "examples": examples,
         "ledger": spent, "seed": run.recipe.seed, "versions": versions(),
         "machine": machine(None if run.device.type == "cpu" else str(run.device)) | {"dtype": str(run.dtype).removeprefix("torch."),

@@ -1,13 +1,12 @@
 """A trained verifier at work: a model that grades attempts (pascaline/data/puzzles/grade.py), and the best of n by its grades against the
 majority vote at equal tokens.
-
-Shapes: P problems, n answers each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,11 @@ import numpy as np
 
 from pascaline.data.puzzles import Problem, Verdict, grade
 from pascaline.engine import Engine, Output, Sampling
+from pascaline.engine.vote import said
 from pascaline.eval import passk
 from pascaline.eval.honesty import auc
 from pascaline.eval.tasks import Result
 from pascaline.post.verifiers import judge
-from pascaline.recipe import Recipe
-from pascaline.tables import GRADE
 
 TOP = 64  # likeliest tokens among which the beginnings of RIGHT are looked for
 
@@ -39,8 +37,7 @@ class Grade:
     @property
     def said(self) -> str | None:
         """The grade; None where it came to none."""
-        done = self.output is not None and self.output.finish_reason == "stop"
-        return (self.output.text.strip() or None) if self.output is not None and done else None
+        return said(self.output) if self.output else None
 
 
 class Grader:
@@ -63,37 +60,41 @@ class Grader:
         return self.grades([attempt(problem, output)])[0].score
 
     def grades(self, problems: Sequence[Problem]) -> list[Grade]:
-        """Of attempts, each asked about as a problem of the puzzle grade:PUZZLE."""
+        """Of attempts, each asked about as a problem of the puzzle grade:PUZZLE; what is asked twice is computed once."""
         engine, own = self.engine, self.engine.tokenizer
         assert own is not None
         engine.flush()  # the tokens computed are then the same in a run that was interrupted
-        prompts = [own.prompt_ids(problem.prompt) for problem in problems]
-        room = int(engine.model.config.max_position_embeddings)
-        asked = [ids for ids in prompts if len(ids) < room]
-        outputs = iter(engine.generate(asked, Sampling(0.0, 1.0, self.max_tokens, top_logprobs=TOP)) if asked else [])
-        found, begins = [], dict[int, bool]()
-        for problem, ids in zip(problems, prompts, strict=True):
-            output = next(outputs)[0] if len(ids) < room else None
-            score = self._chance(ids, output, begins) if output else 0.0
-            found.append(Grade(problem, output, score, len(ids) + len(output.token_ids) if output else 0))
+        prompts = {text: own.prompt_ids(text) for text in dict.fromkeys(problem.prompt for problem in problems)}
+        asked = [text for text, ids in prompts.items() if len(ids) < engine.model.config.max_position_embeddings]
+        answers = engine.generate([prompts[text] for text in asked], Sampling(0.0, 1.0, self.max_tokens)) if asked else []
+        outputs = {text: output for text, (output,) in zip(asked, answers, strict=True)}
+        chances = self._chances([(text, prompts[text], output) for text, output in outputs.items() if said(output)])
+        found = []
+        for problem in problems:
+            output = outputs.get(problem.prompt)
+            tokens = len(prompts[problem.prompt]) + len(output.token_ids) if output else 0
+            found.append(Grade(problem, output, chances.get(problem.prompt, 0.0), tokens))
         return found
 
-    def _chance(self, prompt: Sequence[int], output: Output, begins: dict[int, bool]) -> float:
-        """The score of a grade. begins: whether a token begins RIGHT, as found so far."""
-        own = self.engine.tokenizer
+    def _chances(self, finished: Sequence[tuple[str, list[int], Output]]) -> dict[str, float]:
+        """The scores. The likeliest tokens are asked for where the grade begins only: at every token they would fill the memory."""
+        begins: dict[int, bool] = {}  # whether a token begins RIGHT, as found so far
+        own, places = self.engine.tokenizer, []
         assert own is not None
-        if output.finish_reason != "stop" or not output.text.strip():
-            return 0.0
-        first = len(output.token_ids)
-        while first and (own.thought(prompt, output.token_ids[:first])[1] or "").strip():
-            first -= 1  # until what is said behind the thought is gone, whatever gap the template puts there
-        chance = 0.0
-        for token, logprob in output.top_logprobs[first]:
-            if token not in begins:
-                piece = own.decode([token]).strip()
-                begins[token] = bool(piece) and grade.RIGHT.startswith(piece)
-            chance += math.exp(logprob) * begins[token]
-        return min(chance, 1.0)
+        for _, prompt, output in finished:
+            first = len(output.token_ids)
+            while first and (own.thought(prompt, output.token_ids[:first])[1] or "").strip():
+                first -= 1  # until what is said behind the thought is gone, whatever gap the template puts there
+            places.append(prompt + output.token_ids[:first])
+        found = self.engine.generate(places, Sampling(0.0, 1.0, 1, top_logprobs=TOP)) if places else []
+        chances = {}
+        for (text, _, _), (first_token,) in zip(finished, found, strict=True):
+            for token, _ in first_token.top_logprobs[0]:
+                if token not in begins:
+                    piece = own.decode([token]).strip()
+                    begins[token] = bool(piece) and grade.RIGHT.startswith(piece)
+            chances[text] = min(sum(math.exp(p) for token, p in first_token.top_logprobs[0] if begins[token]), 1.0)
+        return chances
 
 
 def attempt(problem: Problem, output: Output) -> Problem:
@@ -115,9 +116,9 @@ def quality(grades: Sequence[Grade], places: Sequence[int]) -> dict[str, Any]:
     keys = ("real", "real_low", "real_high", "verdict", "named", "sound", "brier", "missing")
     if not grades:
         return {"attempts": 0, **dict.fromkeys(keys)}
-    asked = [grade.problem for grade in grades]
-    said = [[g.output] if g.output else [Output([], [], "length")] for g in grades]
-    real = np.array([row[0] is Verdict.RIGHT for row in judge(asked, said).verdicts])
+    asked = [g.problem for g in grades]
+    outputs = [[g.output or Output([], [], "length")] for g in grades]
+    real = np.array([row[0] is Verdict.RIGHT for row in judge(asked, outputs).verdicts])
     truth = judge(asked, [[Output([], [], "stop", grade.RIGHT)] for _ in asked]).verdicts
     sound = np.array([row[0] is Verdict.RIGHT for row in truth])
     given = [g.said for g in grades]
@@ -143,9 +144,9 @@ def best_of(result: Result, prompts: Sequence[int], grader: Grader, counts: Sequ
     each problem's, computed once for all its answers.
 
     Every answer that votes is graded; the others score lowest. T(k), the tokens a problem takes on average: its prompt, k answers, and the
-    prompts and outputs of their grades. m: the most answers that cost no more without grades. `k` is the largest for which there are m
-    answers, None where a grade costs more than all answers; there stand the differences, paired by problem. `points` and `majority` are the
-    two curves, at `counts` too.
+    prompts and outputs of their grades, where the same is asked twice once only. m: the most answers that cost no more without grades. `k`
+    is the largest for which there are m answers, None where a grade costs more than all answers; there stand the differences, paired by
+    problem. `points` and `majority` are the two curves, at `counts` too.
     """
     ballots, right = result.ballots(), result.right
     places = [(i, j) for i, row in enumerate(ballots) for j, ballot in enumerate(row) if ballot is not None]
@@ -153,9 +154,16 @@ def best_of(result: Result, prompts: Sequence[int], grader: Grader, counts: Sequ
     scores = np.full(right.shape, -np.inf)
     for place, given in zip(places, grades, strict=True):
         scores[place] = given.score
-    said, graded = sum(len(o.token_ids) for group in result.outputs for o in group), sum(g.tokens for g in grades)
     count, n = right.shape
-    equal = {k: m for k in range(1, n + 1) if (m := affordable(k, said, graded)) <= n}
+    answer = sum(len(o.token_ids) for group in result.outputs for o in group) / n  # tokens of one answer to each problem
+    times = Counter((i, given.problem.prompt) for (i, _), given in zip(places, grades, strict=True))
+    costs = {(i, given.problem.prompt): given.tokens for (i, _), given in zip(places, grades, strict=True)}
+
+    def grading(k: int) -> float:
+        """Tokens of the grades of k answers to each problem: a grade's, times the chance that it is needed."""
+        return float(passk.pass_at_k(n, list(times.values()), k) @ np.array(list(costs.values()))) if times else 0.0
+
+    equal = {k: m for k in range(1, n + 1) if (m := affordable(k, answer, grading(k))) <= n}
     most = max(equal, default=None)
 
     def best(k: int) -> np.ndarray:
@@ -164,40 +172,26 @@ def best_of(result: Result, prompts: Sequence[int], grader: Grader, counts: Sequ
     def vote(k: int) -> np.ndarray:
         return passk.majority_by_problem(ballots, right.tolist(), k)
 
-    def curve(worth: Callable[[int], np.ndarray], each: int, own: int | None) -> list[dict[str, Any]]:
-        """each: tokens of all n answers."""
-        return [{"k": k, "tokens": (sum(prompts) + k * each / n) / count, "accuracy": float(worth(k).mean())}
+    def curve(worth: Callable[[int], np.ndarray], extra: Callable[[int], float], own: int | None) -> list[dict[str, Any]]:
+        return [{"k": k, "tokens": (sum(prompts) + k * answer + extra(k)) / count, "accuracy": float(worth(k).mean())}
                 for k in sorted({*counts, *([own] if own else [])})]  # fmt: skip
 
     return {
         "n": count, "pass_1": float(right.mean()), **quality(grades, [i for i, _ in places]),
         "auc": auc([(given.score, bool(right[place])) for place, given in zip(places, grades, strict=True)]),
-        "answer_tokens": said / right.size, "grade_tokens": graded / len(grades) if grades else None,
-        "points": curve(best, said + graded, most), "majority": curve(vote, said, equal[most] if most else None),
-        "k": most, **({} if most is None else {"m": equal[most], **_differences(best(most), vote(equal[most]), right.mean(1))}),
+        "answer_tokens": answer / count, "grade_tokens": sum(g.tokens for g in grades) / len(grades) if grades else None,
+        "points": curve(best, grading, most), "majority": curve(vote, lambda k: 0.0, equal[most] if most else None),
+        "k": most, **({"m": equal[most], **_differences(best(most), vote(equal[most]), right.mean(1), most)} if most else {}),
     }  # fmt: skip
 
 
-def affordable(k: int, answers: int, grades: int) -> int:
-    """How many answers cost no more than k answers with their grades; both: tokens of all n. The prompt's are the same on both sides."""
-    return k * (answers + grades) // answers
+def affordable(k: int, answer: float, grades: float) -> int:
+    """How many answers cost no more than k answers and their grades, in tokens. The prompt's are the same on both sides."""
+    return k + math.floor(grades / answer + 1e-9)  # a sum that is whole must not lose one to rounding
 
 
-def _differences(best: np.ndarray, vote: np.ndarray, once: np.ndarray) -> dict[str, Any]:
-    """[P] each."""
-    pairs = {"over_majority": (best, vote), "over_once": (best, once), "majority_over_once": (vote, once)}
+def _differences(best: np.ndarray, vote: np.ndarray, once: np.ndarray, k: int) -> dict[str, Any]:
+    """One value a problem each. The best of 1 is pass@1, and then there is nothing to estimate."""
+    pairs = {"over_majority": (best, vote), **({"over_once": (best, once)} if k > 1 else {}), "majority_over_once": (vote, once)}
     gains = {name: dict(zip(("gain", "low", "high"), passk.paired_difference(a, b), strict=True)) for name, (a, b) in pairs.items()}
     return {"best_k": float(best.mean()), "maj_m": float(vote.mean()), **gains}
-
-
-# ---- the report --------------------------------------------------------------------------------------------------------
-
-
-def table(recipe: Recipe, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """What report.json holds of graders: `graders`, each on held-out attempts of the puzzle's own, and `rows`, what a model's answers came
-    to by the grades of `grader`. parts: the evaluation's pieces by name; {} in a chain without."""
-    own = [{"grader": name, "puzzle": puzzle.removeprefix(GRADE), **parts[f"{name}.{puzzle}"]}
-           for name in recipe.graders for puzzle in recipe.attempts]  # fmt: skip
-    rows = [{"model": name, "puzzle": puzzle, **found["grader"]} for name in recipe.talkers for i, puzzle in enumerate(recipe.eval.puzzles)
-            if "grader" in (found := parts[f"{name}.{puzzle}-votes" if i else f"{name}.votes"])]  # fmt: skip
-    return {"grader": recipe.eval.grader, "graders": own, "rows": rows} if own or rows else {}

@@ -21,7 +21,7 @@ from pascaline.errors import BadInput
 from pascaline.eval import gradetable, passk
 from pascaline.eval.report import report_html, table_text
 from pascaline.eval.tasks import Result
-from pascaline.post import grading
+from pascaline.post import grading, stagetable
 from pascaline.post.check import check
 from pascaline.post.grading import Grade, Grader
 from pascaline.recipe import load, parse
@@ -59,10 +59,10 @@ class Oracle:
         return [Grade(p, Output([], [], "stop", word), s, self.each) for p, word, s in zip(problems, said, scores, strict=True)]
 
 
-def result(answers: list[list[str]], length: int = 5) -> Result:
-    """Answers to the coin, "" for one that was cut off."""
+def result(answers: list[list[str]], length: int = 5, apart: bool = True) -> Result:
+    """Answers to the coin, "" for one that was cut off; apart: each with a thought of its own."""
     asked = [Problem("coin:puzzle", f"Coin {i}?", f"coin {i}", {}) for i in range(len(answers))]
-    outputs = [[Output([0] * length, [], "stop" if a else "length", a, "toss") for a in row] for row in answers]
+    outputs = [[Output([0] * length, [], "stop" if a else "length", a, f"toss {j}" * apart) for j, a in enumerate(row)] for row in answers]
     verdicts = [[Verdict.RIGHT if a and a in "02468" else Verdict.WRONG for a in row] for row in answers]
     return Result(asked, outputs, verdicts)
 
@@ -70,8 +70,8 @@ def result(answers: list[list[str]], length: int = 5) -> Result:
 ANSWERS = [["0", "1", "1", "3"], ["2", "2", "5", "5"], ["1", "3", "5", "7"], ["4", "1", "4", "4"]]
 
 
-def best_of(grader: Any, answers: list[list[str]] = ANSWERS, length: int = 5, prompt: int = 7) -> dict[str, Any]:
-    found = grading.best_of(result(answers, length), [prompt] * len(answers), grader, [1, 2, 4])
+def best_of(grader: Any, answers: list[list[str]] = ANSWERS, apart: bool = True) -> dict[str, Any]:
+    found = grading.best_of(result(answers, 5, apart), [7] * len(answers), grader, [1, 2, 4])
     assert json.loads(json.dumps(found)) == found
     return found
 
@@ -98,6 +98,7 @@ def test_equal_tokens_by_hand() -> None:
     found = best_of(Oracle(float))
     assert [p["tokens"] for p in found["points"]] == [22, 37, 67] and [p["tokens"] for p in found["majority"]] == [12, 17, 22, 27]
     assert (found["k"], found["m"], found["answer_tokens"], found["grade_tokens"]) == (1, 3, 5, 10)  # 4 answers: 27 > 22
+    assert found["best_k"] == found["pass_1"] and "over_once" not in found and "over_majority" in found
     cheap = best_of(Oracle(float, each=5))
     assert (cheap["k"], cheap["m"]) == (2, 4) and [p["k"] for p in cheap["majority"]] == [1, 2, 4]
     r = result(ANSWERS)
@@ -108,7 +109,15 @@ def test_equal_tokens_by_hand() -> None:
     assert cheap["majority_over_once"]["gain"] == pytest.approx(most.mean() - r.right.mean())
     dear = best_of(Oracle(float, each=20))
     assert dear["k"] is None and "over_majority" not in dear and len(dear["points"]) == 3
-    assert [grading.affordable(2, 100, extra) for extra in (0, 49, 50, 100)] == [2, 2, 3, 4]
+    assert [grading.affordable(2, 5, extra) for extra in (0, 4.9, 5, 10)] == [2, 2, 3, 4]
+    assert grading.affordable(3, 0.1, 0.3) == 6  # 0.3 / 0.1 is less than 3 in floating point
+
+
+def test_what_is_asked_twice_is_graded_once() -> None:
+    """Two answers, each said twice: of 2 answers either is among them in 5 of 6 cases."""
+    found = best_of(Oracle(float), [["2", "2", "5", "5"]], apart=False)
+    assert [p["tokens"] for p in found["points"]] == pytest.approx([7 + 5 + 10, 7 + 10 + 2 * 10 * 5 / 6, 7 + 20 + 20])
+    assert found["attempts"] == 4 and found["grade_tokens"] == 10
 
 
 def test_an_answer_without_a_vote_is_not_graded_and_is_chosen_last() -> None:
@@ -233,9 +242,8 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (own["grader"], own["puzzle"], own["attempts"]) == ("sft-grader", "coin:puzzle", 32)
     assert own["real"] > 0.8 and own["missing"] < 0.2, own  # seen on this machine: 1
     assert (row["model"], row["puzzle"], row["n"]) == ("sft", "coin:puzzle", 16) and row["points"][-1]["k"] == 8
-    assert row["k"] is None or row["m"] == row["k"] * (row["answer_tokens"] * 8 * 16 + row["grade_tokens"] * row["attempts"]) // (
-        row["answer_tokens"] * 8 * 16
-    )
+    spent = {which: {p["k"]: p["tokens"] for p in row[which]} for which in ("points", "majority")}
+    assert row["k"] is None or spent["majority"][row["m"]] <= spent["points"][row["k"]] < spent["majority"][row["m"]] + row["answer_tokens"]
     assert [r["stage"] for r in report["table"]["rows"]] == ["sft"]
     assert (out / "model" / "model.safetensors").read_bytes() == next(out.glob("*-sft/model/model.safetensors")).read_bytes()
     text, page = table_text(report), report_html(report, {})
@@ -245,13 +253,13 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     part = parts / "sft.votes.json"
     votes = read_json(part)
     assert votes is not None and votes["flops"] > 0 and "beside" not in votes
-    assert votes["tokens"] > row["answer_tokens"] * 8 * 16 + row["attempts"]
+    assert votes["tokens"] > row["answer_tokens"] * 8 * 16
     before = told(out)
-    for path in (part, parts.parent / "done.json", out / "done.json", out / "report.json"):
+    for path in (part, parts / f"sft-grader.{graded.NAME}.json", parts.parent / "done.json", out / "done.json", out / "report.json"):
         path.unlink()
     pascaline.run(COIN, out, SETTINGS, quiet=True)
     assert told(out) == before and load(out / "recipe.toml").eval.grader == "sft-grader"
 
 
 def test_without_a_grader_nothing_is_told() -> None:
-    assert grading.table(parse({}, ""), {f"{name}.votes": {} for name in ("sft", "rl")}) == {} and gradetable.tables({}) == []
+    assert stagetable.graded(parse({}, ""), {f"{name}.votes": {} for name in ("sft", "rl")}) == {} and gradetable.tables({}) == []
