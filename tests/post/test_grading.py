@@ -67,7 +67,7 @@ def result(answers: list[list[str]], length: int = 5, apart: bool = True) -> Res
     return Result(asked, outputs, verdicts)
 
 
-ANSWERS = [["0", "1", "1", "3"], ["2", "2", "5", "5"], ["1", "3", "5", "7"], ["4", "1", "4", "4"]]
+ANSWERS = [["0", "1", "1", "3"], ["2", "2", "2", "5"], ["1", "3", "5", "7"], ["4", "1", "4", "4"]]
 
 
 def best_of(grader: Any, answers: list[list[str]] = ANSWERS, apart: bool = True) -> dict[str, Any]:
