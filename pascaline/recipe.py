@@ -56,11 +56,13 @@ class Recipe(Table):
 
     @property
     def graders(self) -> tuple[str, ...]:
-        """The stages whose model only grades attempts: all puzzles that they name are grade:PUZZLE, and the evaluation's first is not."""
+        """The stages whose model only grades attempts: all puzzles that they name are grade:PUZZLE. None where that is all there is, or what
+        the evaluation asks first."""
         if self.eval.puzzles[:1] and self.eval.puzzles[0].startswith(GRADE):
             return ()
-        named = {name: getattr(getattr(self, name), "puzzles", []) for name in self.models}
-        return tuple(name for name, puzzles in named.items() if puzzles and all(puzzle.startswith(GRADE) for puzzle in puzzles))
+        named = {name: getattr(getattr(self, name), "puzzles", []) for name in self.models if kind(name) not in ("pretrain", "extend")}
+        found = tuple(name for name, puzzles in named.items() if puzzles and all(puzzle.startswith(GRADE) for puzzle in puzzles))
+        return found if len(found) < len(named) else ()
 
     @property
     def attempts(self) -> tuple[str, ...]:
