@@ -56,8 +56,8 @@ class Recipe(Table):
 
     @property
     def graders(self) -> tuple[str, ...]:
-        """The stages whose model only grades attempts: all puzzles that they name are grade:PUZZLE. None where that is all there is, or what
-        the evaluation asks first."""
+        """The stages whose model only grades attempts: all puzzles that they name are grade:PUZZLE. None where that is all there is, or
+        what the evaluation asks first."""
         if self.eval.puzzles[:1] and self.eval.puzzles[0].startswith(GRADE):
             return ()
         named = {name: getattr(getattr(self, name), "puzzles", []) for name in self.models if kind(name) not in ("pretrain", "extend")}
