@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, create_model, model_validator
 
 from pascaline.errors import BadInput, describe_validation, nearest
-from pascaline.tables import KINDS, Corpus, Eval, Extend, Ledger, Parallel, Pretrain, Puzzle, Rl, Sft, Table, Tokenizer, kind
+from pascaline.tables import GRADE, KINDS, Corpus, Eval, Extend, Ledger, Parallel, Pretrain, Puzzle, Rl, Sft, Table, Tokenizer, kind
 
 
 class Recipe(Table):
@@ -51,8 +51,24 @@ class Recipe(Table):
 
     @property
     def talkers(self) -> tuple[str, ...]:
-        """The stages of the chain whose model answers chats."""
-        return tuple(name for name in self.models if kind(name) not in ("pretrain", "extend"))
+        """The stages of the chain whose model answers chats; graders stand apart."""
+        return tuple(name for name in self.models if kind(name) not in ("pretrain", "extend") and name not in self.graders)
+
+    @property
+    def graders(self) -> tuple[str, ...]:
+        """The stages whose model only grades attempts: all puzzles that they name are grade:PUZZLE. None where that is all there is, or
+        what the evaluation asks first."""
+        if self.eval.puzzles[:1] and self.eval.puzzles[0].startswith(GRADE):
+            return ()
+        named = {name: getattr(getattr(self, name), "puzzles", []) for name in self.models if kind(name) not in ("pretrain", "extend")}
+        found = tuple(name for name, puzzles in named.items() if puzzles and all(puzzle.startswith(GRADE) for puzzle in puzzles))
+        return found if len(found) < len(named) else ()
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """The puzzles grade:PUZZLE that graders are measured on: those whose PUZZLE is one of the evaluation's."""
+        mine = [name for name in self.puzzles if name.startswith(GRADE) and name.removeprefix(GRADE) in self.eval.puzzles]
+        return tuple(mine) if self.graders else ()
 
     def judges(self, stage: str) -> bool:
         """Whether its model gives scores instead of words."""

@@ -154,6 +154,7 @@ class Sft(Stage):
 
     data: list[str] = []
     examples: bool = True
+    puzzles: list[str] = []
     confessions: float = Field(0.0, ge=0)
     roles: list[Literal["assistant", "user", "system", "tool"]] = Field(["assistant"], min_length=1)
     tokens_per_step: int = Field(4096, ge=8)
@@ -348,9 +349,13 @@ class Distil(Stage):
     guard: Guard = Guard(sigma=0.0, patience=0)  # as in rl
 
 
+GRADE = "grade:"  # begins the name of a puzzle whose problems are attempts to be graded (pascaline/data/puzzles/grade.py)
+
+
 class Eval(Table):
     """Held-out problems of `puzzles` (the first is the headline). samples at each temperature; `votes` samples on `vote_problems`
-    problems for the majority and best-of curves."""
+    problems for the majority and best-of curves. grader: an earlier stage whose model grades those too, for the best of n by its grades
+    (docs/post-training.md)."""
 
     puzzles: list[str] = ["countdown"]
     problems: int = Field(1000, ge=1)
@@ -359,6 +364,7 @@ class Eval(Table):
     top_p: float = Field(0.95, gt=0, le=1)
     votes: int = Field(32, ge=1)
     vote_problems: int = Field(128, ge=1)
+    grader: str = ""
     max_tokens: int = Field(256, ge=1)
 
 

@@ -1,4 +1,4 @@
-"""What k samples are worth: pass@k, majority vote, and intervals that count problems, not samples."""
+"""What k samples are worth: pass@k, majority vote, best by a judge's scores, and intervals that count problems, not samples."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -74,6 +74,34 @@ def _vote(given: Sequence[Hashable | None], judged: Sequence[bool], k: int, rng:
     tied_SA = (votes_SA == most_S1) & (most_S1 > 0)
     credit_S = (tied_SA @ worth_A) / np.maximum(tied_SA.sum(1), 1)
     return float(credit_S.mean())
+
+
+def best_by_problem(scores: Sequence[Sequence[float]], right: Sequence[Sequence[bool]], k: int) -> NDArray[np.float64]:
+    """Chance that the best-scored of k of a problem's samples is right, one number a problem.
+
+    scores[p][i]: a judge's score of sample i, more is better, -inf for one that cannot be chosen while there is another. Equal scores are
+    drawn by lot. Exact over all subsets of size k, without enumerating them: of n samples those scored higher than a group of s equal ones
+    are h, so the group holds the best of C(n-h, k) - C(n-h-s, k) subsets, and then its mean worth is what a draw among those of it that are
+    in the subset comes to. With the verdicts as scores it is pass_at_k. Raises BadInput if a problem has fewer than k samples.
+    """
+    if not scores or len(scores) != len(right):
+        raise BadInput(f"best of k needs a verdict list per problem, got {len(scores)} problems, {len(right)} lists")
+    return np.asarray([_best(given, judged, k) for given, judged in zip(scores, right, strict=True)], dtype=np.float64)
+
+
+def _best(scores: Sequence[float], judged: Sequence[bool], k: int) -> float:
+    samples = len(scores)
+    if len(judged) != samples or not 1 <= k <= samples or any(math.isnan(score) for score in scores):
+        raise BadInput(f"best of {k} needs 1 <= k <= samples and scores that are numbers, got {samples} scores, {len(judged)} verdicts")
+    groups: dict[float, list[bool]] = {}
+    for score, good in sorted(zip(scores, judged, strict=True), key=lambda pair: -pair[0]):
+        groups.setdefault(score, []).append(bool(good))
+    chance, left = 0.0, samples
+    for group in groups.values():
+        first = math.comb(left, k) - math.comb(left - len(group), k)
+        chance += first / math.comb(samples, k) * sum(group) / len(group)
+        left -= len(group)
+    return chance
 
 
 def _members(samples: int, k: int, rng: np.random.Generator) -> NDArray[np.float32]:

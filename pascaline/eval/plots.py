@@ -148,6 +148,25 @@ def votes(points: Rows, title: str) -> str | None:
     return _svg(figure, title)
 
 
+def spent(curves: Mapping[str, Rows], title: str) -> str | None:
+    """Accuracy over the tokens that a problem took (log2), a curve for each name; rows: `tokens`, `accuracy`, and `k`, written beside."""
+    if not any(np.isfinite(column(rows, "accuracy")).any() for rows in curves.values()):
+        return None
+    figure, axes = _panel(title)
+    for (name, rows), colour, marker, lift in zip(curves.items(), (BLUE, ORANGE), ("o", "s"), (5, -11), strict=False):
+        x, y = column(rows, "tokens"), 100 * column(rows, "accuracy")
+        axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
+        for at, height, row in zip(x, y, rows, strict=True):
+            axes.annotate(f"{row['k']}", (at, height), (0, lift), "data", "offset points", fontsize=7, color=MUTED, ha="center")
+    _legend(axes)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.minorticks_off()
+    axes.margins(y=0.15)
+    axes.set(xlabel="tokens a problem, prompts and grades too (log scale)", ylabel="accuracy (%)")
+    return _svg(figure, title)
+
+
 def column(rows: Rows, key: str) -> Floats:
     """[rows] of `key` as floats, NaN where a row has none or null."""
     values = [row.get(key) for row in rows]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pascaline.eval import chaintable, extension, plots, trial
+from pascaline.eval import chaintable, extension, gradetable, plots, trial
 from pascaline.eval.forms import NONE, absent, aligned, between, clock, count, flops, number, percent, points
 from pascaline.eval.trial import Section
 from pascaline.tables import kind
@@ -30,7 +30,11 @@ def report_html(report: Mapping[str, Any], curves: Curves, traces: Curves | None
         section.drawings = [(Markup(svg), caption) for svg, caption in section.drawings if svg]
     sections = [section for section in sections if section.drawings or section.traces]
     told = {key: report.get(key) or [] for key in ("stages", "protocols", "examples")}
-    facts |= {"chain": chaintable.tables(report), "tables": extension.tables(report.get("extension") or {})}
+    facts |= {
+        "chain": chaintable.tables(report),
+        "graded": gradetable.tables(report),
+        "tables": extension.tables(report.get("extension") or {}),
+    }
     return page(
         "report.html.jinja", filters, **told, **facts, **tables, recipe=report.get("recipe"), seed=report.get("seed"), sections=sections
     )
@@ -65,7 +69,8 @@ def table_text(report: Mapping[str, Any]) -> str:
     ]
     if rows:
         parts.append(aligned([head, *rows]))
-    parts += [f"{aligned(rows)}\n{note}" for note, rows in chaintable.tables(report)] + extension_text(report.get("extension"))
+    told = [*chaintable.tables(report), *gradetable.tables(report)]
+    parts += [f"{aligned(rows)}\n{note}" for note, rows in told] + extension_text(report.get("extension"))
     gain = report.get("gain") or {}
     if report.get("ledger"):
         parts.append(cost_text(report["ledger"]))
@@ -130,10 +135,14 @@ def _entropy_range(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _sections(report: Mapping[str, Any], curves: Curves, traces: Curves) -> list[Section]:
     tried = {name: rows for name, rows in curves.items() if trial.is_trial(name, rows)}
     read = {name: rows for name, rows in curves.items() if kind(name) in LOSSES and name not in tried}
+    model = (report.get("gain") or {}).get("after")
+    graded = [row for row in (report.get("grading") or {}).get("rows", []) if row["model"] == model]
     more = [
         plots.votes(report.get("majority") or [], "Majority vote among k samples"),
         plots.votes(report.get("best_of") or [], "Best of k samples (pass@k)"),
-    ]
+        *(plots.spent({"best by the grader": row["points"], "majority": row["majority"]}, f"Votes and grades on {row['puzzle']}")
+          for row in graded),
+    ]  # fmt: skip
     return [
         _learning(read),
         *(trial.section(name, rows, traces.get(name) or []) for name, rows in tried.items()),

@@ -4,6 +4,7 @@ from collections import deque
 from pathlib import Path
 
 from pascaline.data import chats, pairs
+from pascaline.data.puzzles import grade
 from pascaline.errors import BadInput, nearest
 from pascaline.post import environments, verifiers
 from pascaline.recipe import Recipe
@@ -34,6 +35,21 @@ def check_chain(recipe: Recipe) -> None:
             )
         if environment := getattr(stage, "environment", ""):
             environments.get(environment)
+    if recipe.eval.grader:
+        _check_grader(recipe)
+
+
+def _check_grader(recipe: Recipe) -> None:
+    """The model that grades must answer chats, and there must be attempts that it can grade."""
+    name, known = recipe.eval.grader, [*recipe.talkers, *recipe.graders]
+    if name not in known:
+        raise BadInput(f"eval.grader = '{name}' is no stage whose model answers chats ({', '.join(known)}){nearest(name, known) or '.'}")
+    if recipe.plain(name):
+        raise BadInput(f"eval.grader = '{name}' knows plain text only, and an attempt to be graded is a chat; name another stage.")
+    if not any(grade.gradable(puzzle) for puzzle in recipe.eval.puzzles):
+        listed = ", ".join(recipe.eval.puzzles)
+        raise BadInput(f"eval.grader = '{name}' has nothing to grade: attempts at {listed} cannot be checked step by step; leave it out, "
+                       "or add a puzzle that can be graded to eval.puzzles.")  # fmt: skip
 
 
 def _check_chats(recipe: Recipe, name: str) -> None:

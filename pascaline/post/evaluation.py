@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pascaline.data.puzzles import Problem
+from pascaline.data.puzzles import Problem, grade
 from pascaline.data.puzzles import plain as written
 from pascaline.engine import Engine, Sampling
 from pascaline.eval import passk, tasks
 from pascaline.eval.questions import read_plain
 from pascaline.ledger import COST, Totals, cost
 from pascaline.model import hf
-from pascaline.post import extension, stagetable
+from pascaline.post import extension, grading, stagetable
 from pascaline.post.reward import RewardModel
 from pascaline.post.stage import Run
 from pascaline.post.verifiers import judge
@@ -48,6 +48,7 @@ def evaluate(run: Run, name: str) -> dict[str, Any]:
     base = _base(run.recipe)  # of our own, it reads plain text: it meets chat tokens only in sft
     sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, 1 if base != START else plan.samples, seed=SEED)
     piece(base, "plain", lambda engine, s=sampling: _protocol(engine, main, s, base != START))  # type: ignore[misc]
+    grader = grading.Grader(lambda: _engine(run, plan.grader), plan.max_tokens) if plan.grader else None
     for model in run.recipe.talkers:
         plain = run.recipe.plain(model)
         for temperature, top_p, samples in protocols:
@@ -58,10 +59,18 @@ def evaluate(run: Run, name: str) -> dict[str, Any]:
             piece(model, other, lambda engine, s=sampling, n=other, plain=plain: _protocol(engine, problems[n], s, plain))  # type: ignore[misc]
         sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, plan.votes, seed=SEED + 1)
         for i, puzzle in enumerate(plan.puzzles):
-            asked = problems[puzzle][: plan.vote_problems]
+            asked, own = problems[puzzle][: plan.vote_problems], grader if grader and grade.gradable(puzzle) else None
             piece(model, f"{puzzle}-votes" if i else "votes",
-                  lambda engine, s=sampling, p=asked, plain=plain: _votes(engine, p, s, plain, stagetable.judge(run)))  # type: ignore[misc]  # fmt: skip
+                  lambda engine, s=sampling, p=asked, plain=plain, own=own: _votes(engine, p, s, plain, stagetable.judge(run), own))  # type: ignore[misc]  # fmt: skip
+    attempts = tasks.held_out(run.recipe.attempts, run.recipe.puzzles, plan.problems, SEED)
+    for model in run.recipe.graders:
+        for puzzle, asked in attempts.items():
+            piece(model, puzzle, lambda engine, p=asked: grading.measured(engine, p, plan.max_tokens))  # type: ignore[misc]
     return _work(run, pieces)
+
+
+def _engine(run: Run, model: str) -> Engine:
+    return Engine(hf.load(run.model(None if model == START else model), run.dtype, run.device), run.tokenizer())
 
 
 def _base(recipe: Recipe) -> str:
@@ -95,13 +104,14 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
             found = read_json(path)
             if found is None:
                 if loaded != model:
-                    weights = hf.load(run.model(None if model == START else model), run.dtype, run.device)
-                    engine, loaded = Engine(weights, run.tokenizer()), model
+                    engine, loaded = _engine(run, model), model
                 assert engine is not None
-                before, began = engine.stats.generated + engine.stats.prefilled, time.perf_counter()
+                before, began = computed(engine), time.perf_counter()
                 found = work(engine)
-                found["tokens"] = engine.stats.generated + engine.stats.prefilled - before
-                found["flops"] = forward_flops(engine.model, found["tokens"]) + found.pop("judge_flops", 0.0)
+                beside = found.pop("beside", {"tokens": 0, "flops": 0.0})  # what another engine had to do for it
+                tokens = computed(engine) - before
+                found["tokens"] = tokens + beside["tokens"]
+                found["flops"] = forward_flops(engine.model, tokens) + beside["flops"] + found.pop("judge_flops", 0.0)
                 found["seconds"] = time.perf_counter() - began
                 spent.add(*(found[key] for key in COST))
                 write_json(path, found)
@@ -110,6 +120,11 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
             if interrupt.requested:
                 raise interrupt.stopped(f"stopped after part {i + 1} of {len(pieces)} of the evaluation")
     return {"tokens": stands.tokens}
+
+
+def computed(engine: Engine) -> int:
+    """Tokens so far, of prompts and of answers."""
+    return engine.stats.generated + engine.stats.prefilled
 
 
 def _asked(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool) -> tasks.Result:
@@ -134,11 +149,24 @@ def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling, plain
     return {**how, **result.summary(), "by_problem": result.means, "examples": examples}
 
 
-def _votes(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool, judge: RewardModel | None) -> dict[str, Any]:
+def _votes(
+    engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool, judge: RewardModel | None, grader: grading.Grader | None
+) -> dict[str, Any]:
     result = _asked(engine, problems, sampling, plain)
     counts = [k for k in VOTES if k <= sampling.n]
     majority, best = result.votes(counts)
-    return {"k": counts, "majority": majority, "best_of": best, "n": len(problems), **stagetable.measured(engine, result, judge)}
+    found = {"k": counts, "majority": majority, "best_of": best, "n": len(problems), **stagetable.measured(engine, result, judge)}
+    return {**found, **_graded(engine, result, plain, grader, counts)} if grader else found
+
+
+def _graded(engine: Engine, result: tasks.Result, plain: bool, grader: grading.Grader, counts: list[int]) -> dict[str, Any]:
+    own = engine.tokenizer
+    assert own is not None
+    prompts = [len(written.prompt_ids(own, p.prompt) if plain else own.prompt_ids(p.prompt)) for p in result.problems]
+    before = computed(grader.engine)
+    found = grading.best_of(result, prompts, grader, counts)
+    tokens = computed(grader.engine) - before
+    return {"grader": found, "beside": {"tokens": tokens, "flops": forward_flops(grader.engine.model, tokens)}}
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -177,7 +205,7 @@ def report(run: Run) -> dict[str, Any]:
     extended = {"extension": read_json(run.folder("extend") / extension.FILE)} if run.recipe.extend else {}
     return {
         **extended, "stages": rows, "protocols": protocols, "gain": told,
-        "table": stagetable.table(recipe, parts),
+        "table": stagetable.table(recipe, parts), "grading": stagetable.graded(recipe, parts),
         "majority": curve("majority"), "best_of": curve("best_of"), "votes_n": votes["n"], "examples": examples,
         "ledger": spent, "seed": run.recipe.seed, "versions": versions(),
         "machine": machine(None if run.device.type == "cpu" else str(run.device)) | {"dtype": str(run.dtype).removeprefix("torch."),

@@ -9,10 +9,12 @@ import numpy as np
 from pascaline.engine import Engine
 from pascaline.eval.passk import mean_interval
 from pascaline.eval.tasks import Result
+from pascaline.ledger import COST
 from pascaline.post.reward import RewardModel
 from pascaline.post.stage import Run
 from pascaline.post.verifiers import scores
 from pascaline.recipe import Recipe
+from pascaline.tables import GRADE
 from pascaline.train.loop import forward_flops
 
 STYLE = ("format", "language")  # verifiers whose mean score stands in the table
@@ -71,3 +73,13 @@ def table(recipe: Recipe, parts: Mapping[str, Any]) -> dict[str, Any]:
         found.append({"stage": name, "puzzles": puzzles, **means, **beaten})
     judged = next((stage for stage in recipe.chain if recipe.judges(stage)), None)
     return {"k": k, "against": first, "judge": judged, "n": plan.vote_problems, "rows": found}
+
+
+def graded(recipe: Recipe, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What report.json holds of graders: `graders`, each on held-out attempts of the puzzle's own, and `rows`, what a model's answers came
+    to by the grades of `grader`. parts: the evaluation's pieces by name; {} in a chain without."""
+    own = [{"grader": name, "puzzle": puzzle.removeprefix(GRADE), **{k: v for k, v in parts[f"{name}.{puzzle}"].items() if k not in COST}}
+           for name in recipe.graders for puzzle in recipe.attempts]  # fmt: skip
+    rows = [{"model": name, "puzzle": puzzle, **found["grader"]} for name in recipe.talkers for i, puzzle in enumerate(recipe.eval.puzzles)
+            if "grader" in (found := parts[f"{name}.{puzzle}-votes" if i else f"{name}.votes"])]  # fmt: skip
+    return {"grader": recipe.eval.grader, "graders": own, "rows": rows} if own or rows else {}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pascaline.errors import BadInput
 from pascaline.eval import passk
-from pascaline.eval.passk import majority, majority_by_problem, mean_interval, paired_difference, pass_at_k
+from pascaline.eval.passk import best_by_problem, majority, majority_by_problem, mean_interval, paired_difference, pass_at_k
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -109,3 +109,31 @@ def test_paired_difference() -> None:
     assert paired_difference([1.0], [0.0])[1] < 0.5
     with pytest.raises(BadInput):
         paired_difference([1.0], [1.0, 0.0])
+
+
+@given(
+    scores=st.lists(st.sampled_from([-math.inf, 0.0, 0.25, 1.0]), min_size=1, max_size=8),
+    data=st.data(),
+)
+def test_best_by_scores_is_the_mean_over_all_subsets(scores: list[float], data: st.DataObject) -> None:
+    right = data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
+    k = data.draw(st.integers(1, len(scores)))
+    credit = Fraction(0)
+    for subset in combinations(zip(scores, right, strict=True), k):
+        top = [good for score, good in subset if score == max(s for s, _ in subset)]
+        credit += Fraction(sum(top), len(top))
+    assert best_by_problem([scores], [right], k) == pytest.approx(float(credit / math.comb(len(scores), k)))
+
+
+def test_best_by_scores_known_cases() -> None:
+    right = [True, False, True, False, False]
+    verdicts = [float(r) for r in right]
+    assert [best_by_problem([verdicts], [right], k)[0] for k in (1, 2, 3, 5)] == pytest.approx(
+        [float(pass_at_k(5, 2, k)) for k in (1, 2, 3, 5)]  # the verifier as the judge
+    )
+    assert best_by_problem([[0.0] * 5] * 2, [right, [True] * 5], 3).tolist() == pytest.approx([0.4, 1.0])
+    assert best_by_problem([[-r for r in verdicts]], [right], 4).tolist() == [0.0]
+    assert best_by_problem([[0.5] * 2000], [[True] * 1000 + [False] * 1000], 1000) == pytest.approx(0.5)
+    for scores, judged, k in (([[0.0]], [[True]], 2), ([[math.nan]], [[True]], 1), ([[0.0, 1.0]], [[True]], 1), ([], [], 1)):
+        with pytest.raises(BadInput):
+            best_by_problem(scores, judged, k)
