@@ -15,7 +15,8 @@ from pascaline.eval import passk, tasks
 from pascaline.eval.questions import read_plain
 from pascaline.ledger import COST, Totals, cost
 from pascaline.model import hf
-from pascaline.post import extension, stagetable
+from pascaline.post import environments, extension, stagetable
+from pascaline.post.environments import episode
 from pascaline.post.stage import Run
 from pascaline.post.verifiers import judge
 from pascaline.recipe import Recipe
@@ -48,18 +49,18 @@ def evaluate(run: Run, name: str) -> dict[str, Any]:
     sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, 1 if base != START else plan.samples, seed=SEED)
     piece(base, "plain", lambda engine, s=sampling: _protocol(engine, main, s, base != START))  # type: ignore[misc]
     for model in run.recipe.talkers:
-        plain = run.recipe.plain(model)
+        plain, acting = run.recipe.plain(model), run.recipe.environment(model)
         for temperature, top_p, samples in protocols:
             sampling = Sampling(temperature, top_p, plan.max_tokens, samples, seed=SEED)
-            piece(model, f"t{temperature:g}", lambda engine, s=sampling, plain=plain: _protocol(engine, main, s, plain))  # type: ignore[misc]
+            piece(model, f"t{temperature:g}", lambda engine, s=sampling, plain=plain, e=acting: _protocol(engine, main, s, plain, e))  # type: ignore[misc]
         for other in plan.puzzles[1:]:
             sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, 1, seed=SEED)
-            piece(model, other, lambda engine, s=sampling, n=other, plain=plain: _protocol(engine, problems[n], s, plain))  # type: ignore[misc]
+            piece(model, other, lambda engine, s=sampling, n=other, plain=plain, e=acting: _protocol(engine, problems[n], s, plain, e))  # type: ignore[misc]
         sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, plan.votes, seed=SEED + 1)
         for i, puzzle in enumerate(plan.puzzles):
             asked = problems[puzzle][: plan.vote_problems]
             piece(model, f"{puzzle}-votes" if i else "votes",
-                  lambda engine, s=sampling, p=asked, plain=plain: _votes(engine, p, s, plain, stagetable.judge(run)))  # type: ignore[misc]  # fmt: skip
+                  lambda engine, s=sampling, p=asked, plain=plain, e=acting: _votes(engine, p, s, plain, stagetable.judge(run), e))  # type: ignore[misc]  # fmt: skip
     return _work(run, pieces)
 
 
@@ -110,8 +111,13 @@ def _work(run: Run, pieces: list[tuple[str, str, Callable[[Engine], dict[str, An
     return {"tokens": stands.tokens}
 
 
-def _asked(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool) -> tasks.Result:
-    """The problems put to a model as chats, or as plain text that it goes on from; then what follows "Answer: " counts."""
+def _asked(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool, acting: str) -> tasks.Result:
+    """The problems put to a model as chats, as episodes in the environment `acting`, or as plain text that it goes on from; then what
+    follows "Answer: " counts."""
+    if acting:
+        played = episode.play(engine, environments.get(acting), problems, sampling)
+        found = episode.judge(problems, played)
+        return tasks.Result(problems, played, found.verdicts, found.trouble)
     if not plain:
         return tasks.evaluate(engine, problems, sampling)
     own = engine.tokenizer
@@ -122,18 +128,20 @@ def _asked(engine: Engine, problems: list[Problem], sampling: Sampling, plain: b
     return tasks.Result(problems, read, judged.verdicts, judged.trouble)
 
 
-def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool) -> dict[str, Any]:
-    result = _asked(engine, problems, sampling, plain)
+def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool, acting: str = "") -> dict[str, Any]:
+    result = _asked(engine, problems, sampling, plain, acting)
     examples = [
-        {"prompt": p.prompt, "thought": o[0].reasoning or "", "answer": o[0].text, "verdict": v[0].value}
+        {"prompt": p.prompt, "thought": episode.thoughts(o[0]), "answer": o[0].text, "verdict": v[0].value}
         for p, o, v in zip(problems[:EXAMPLES], result.outputs, result.verdicts, strict=False)
     ]
     how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "samples": sampling.n, "puzzle": problems[0].puzzle}
-    return {**how, **result.summary(), "by_problem": result.means, "examples": examples}
+    called = {"calls": episode.calls(result.outputs)} if acting else {}
+    return {**how, **result.summary(), **called, "by_problem": result.means, "examples": examples}
 
 
-def _votes(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool, judge: stagetable.Judge | None) -> dict[str, Any]:
-    result = _asked(engine, problems, sampling, plain)
+def _votes(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool, judge: stagetable.Judge | None,
+           acting: str = "") -> dict[str, Any]:  # fmt: skip
+    result = _asked(engine, problems, sampling, plain, acting)
     counts = [k for k in VOTES if k <= sampling.n]
     majority, best = result.votes(counts)
     return {"k": counts, "majority": majority, "best_of": best, "n": len(problems), **stagetable.measured(engine, result, judge)}

@@ -9,6 +9,7 @@ import numpy as np
 from pascaline.engine import Engine
 from pascaline.eval.passk import mean_interval
 from pascaline.eval.tasks import Result
+from pascaline.post.environments.episode import whole
 from pascaline.post.stage import Run
 from pascaline.post.verifiers import scores
 from pascaline.recipe import Recipe
@@ -36,7 +37,7 @@ def measured(engine: Engine, result: Result, judge: Judge | None) -> dict[str, A
     each = [(problem, output) for problem, group in zip(result.problems, result.outputs, strict=True) for output in group]
     style = {name: scores(name, [p for p, _ in each], [o for _, o in each])[0] for name in STYLE}
     if judge:
-        first = [own.prompt_ids(p.prompt) + group[0].token_ids for p, group in zip(result.problems, result.outputs, strict=True)]
+        first = [whole(own.prompt_ids(p.prompt), group[0]) for p, group in zip(result.problems, result.outputs, strict=True)]
         worth = [float(score) for score in judge(first)]
     else:
         worth = result.right[:, 0].astype(float).tolist()
