@@ -17,6 +17,7 @@ from pascaline.data.puzzles import Problem, Trace
 from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Sampling
 from pascaline.errors import BadInput
+from pascaline.eval.report import report_html, table_text
 from pascaline.post import distil, evaluation, reject, sft
 from pascaline.post.check_chain import check_chain
 from pascaline.post.environments import Observation, get, worked
@@ -72,7 +73,7 @@ def replayed(
     (sample,) = documents(chat, tokenizer, ["assistant"])
     said = sample.streams["ce"] > 0
     starts = np.flatnonzero(np.diff(np.concatenate([[0], said.astype(int), [0]])))
-    turns = [sample.tokens[a:b].tolist() + [0] for a, b in zip(starts[::2], starts[1::2], strict=True)]
+    turns = [[*sample.tokens[a:b].tolist(), 0] for a, b in zip(starts[::2], starts[1::2], strict=True)]
     engine = scripted(tokenizer, turns, monkeypatch)
     ((episode,),) = play(engine, make, [problem(name)], Sampling(1.0, 1.0, 900, 1, seed=3))
     assert isinstance(episode, Episode)
@@ -258,6 +259,13 @@ def test_the_evaluation_plays_and_counts_what_the_model_said(believing: Engine, 
     assert votes["worth"] == [sum(len(s.ids) for s in episodes[0].segments)]  # a reward model reads the whole transcript
 
 
+def test_the_report_has_a_column_of_calls_where_some_were_made() -> None:
+    row = {"model": "rl", "puzzle": "arithmetic", "temperature": 0.6, "samples": 4, "accuracy": 0.5, "n": 8, "mean_tokens": 9}
+    with_calls, without = {"protocols": [row | {"calls": 1.25}, row]}, {"protocols": [row]}
+    assert "calls" in table_text(with_calls) and "1.25" in table_text(with_calls) and "calls" not in table_text(without)
+    assert "<th>calls</th>" in report_html(with_calls, {}) and "<th>calls</th>" not in report_html(without, {})
+
+
 def test_accepted_episodes_are_learnt_again_as_the_same_tokens(
     believing: Engine, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -315,7 +323,7 @@ def test_a_teacher_scores_what_the_student_said_and_nothing_else(believing: Engi
 def test_stops_that_are_no_list_of_texts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}], "stops": 3}) + "\n")
-    with pytest.raises(BadInput, match="chats.jsonl:1: stops"):
+    with pytest.raises(BadInput, match=r"chats\.jsonl:1: stops"):
         chats.read(path)
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}] * 2, "stops": []}) + "\n")
     with pytest.raises(BadInput, match="in alternation"):
