@@ -64,12 +64,11 @@ def puzzle_chats(tables: Mapping[str, Puzzle], seed: int, environment: str = "")
             yield Chat([{"role": "user", "content": problem.prompt}, said], f"puzzle:{name}:{i}")
 
 
-def _chats(run: Run, name: str) -> Iterator[Chat]:
-    stage: Sft = getattr(run.recipe, name)
+def _chats(run: Run, stage: Sft, environment: str = "") -> Iterator[Chat]:
     for source in stage.data:
         yield from chats.stream(run.folder(source) / "chats.jsonl" if source in run.recipe.stages else Path(source))
     if stage.examples:
-        yield from puzzle_chats(run.recipe.puzzles, run.recipe.seed, run.recipe.environment(name))
+        yield from puzzle_chats(run.recipe.puzzles, run.recipe.seed, environment)
 
 
 def _gather(run: Run, name: str, longest: int) -> ChatSamples:
@@ -83,7 +82,7 @@ def _gather(run: Run, name: str, longest: int) -> ChatSamples:
             if interrupt.requested:
                 raise interrupt.stopped(f"stopped while reading the chats of {name}")
 
-        return chats.gather(_chats(run, name), run.tokenizer(), stage.roles, longest, watch)
+        return chats.gather(_chats(run, stage, run.recipe.environment(name)), run.tokenizer(), stage.roles, longest, watch)
 
 
 def _facts(samples: ChatSamples, stage: Sft, longest: int) -> dict[str, Any]:
