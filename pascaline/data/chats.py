@@ -15,7 +15,7 @@ import numpy as np
 
 from pascaline.data.batch import Sample
 from pascaline.data.puzzles.collection import rows
-from pascaline.data.turns import episode_ids
+from pascaline.data.turns import episode_ids, stops_of
 from pascaline.errors import BadInput
 from pascaline.tokenizer import THINK, UNTHINK, Tokenizer
 
@@ -60,20 +60,19 @@ def _chat(row: dict[str, Any], name: str) -> Chat:
     if row.get("messages") is not None:
         if isinstance(row["messages"], str):
             raise BadInput(f"{name}: messages must be a list, each with role and content.")
-        return _episode(Chat(conversation(row["messages"], "user", f"{name}: messages"), name), row.get("stops"))
+        return _episode(Chat(conversation(row["messages"], "user", f"{name}: messages"), name), row)
     if row.get("prompt") is None or row.get("completion") is None:
         raise BadInput(f"{name} needs messages, or prompt and completion, and has {', '.join(row) or 'no column'}.")
     prompt = conversation(row["prompt"], "user", f"{name}: prompt")
     completion = conversation(row["completion"], "assistant", f"{name}: completion")
-    return _episode(Chat([*prompt, *completion], name, len(prompt)), row.get("stops"))
+    return _episode(Chat([*prompt, *completion], name, len(prompt)), row)
 
 
-def _episode(chat: Chat, stops: Any) -> Chat:
-    """With its column `stops`, if it has one: then it was played, from its first answer on or from where its completion begins."""
+def _episode(chat: Chat, row: dict[str, Any]) -> Chat:
+    """With the row's `stops`, if it has some: then it was played, from its first answer on or from where its completion begins."""
+    stops = stops_of(row, chat.name)
     if stops is None:
         return chat
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise BadInput(f"{chat.name}: stops, which makes an episode of a chat, must be a list of texts.")
     first = next((i for i, m in enumerate(chat.messages) if m["role"] == "assistant"), len(chat.messages))
     return replace(chat, completion_from=chat.completion_from or first, stops=tuple(stops))
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pascaline.data.batch import Sample
-from pascaline.data.turns import episode_ids
+from pascaline.data.turns import episode_ids, stops_of
 from pascaline.errors import BadInput
 from pascaline.tokenizer import Tokenizer
 
@@ -73,8 +73,8 @@ def _pair(row: Any, name: str) -> Pair:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt or prompt[-1]["role"] == "assistant":
         raise BadInput(f"{name}: the prompt must end with what the assistant answers to, a message of another role.")
-    if row.get("stops") is not None:
-        return Pair(prompt, chosen, rejected, name, row["stops"])
+    if (stops := stops_of(row, name)) is not None:
+        return Pair(prompt, chosen, rejected, name, stops)
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise BadInput(f"{name}: after the prompt, {side} must have one message of the assistant, and has {_roles(answer)}.")

@@ -52,6 +52,14 @@ def reply_ids(tokenizer: Tokenizer, text: str, last: int) -> list[int]:
     return ids[1:] if ids[:1] == [last] else ids
 
 
+def stops_of(row: Mapping[str, Any], name: str) -> list[str] | None:
+    """A row's column `stops`, which makes it an episode; None if it has none. BadInput if it is no list of texts."""
+    stops = row.get("stops")
+    if stops is not None and not (isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)):
+        raise BadInput(f"{name}: stops, which makes an episode of a chat, must be a list of texts.")
+    return stops
+
+
 def readable(text: str) -> str:
     """The text with a ? for each lone surrogate, which is no character."""
     return text.encode(errors="replace").decode()
