@@ -288,6 +288,7 @@ def _pairs(groups: list[Group], accepted: list[list[Answer]]) -> list[dict[str, 
         for right, wrong in zip(
             answers, _distinct(a for a in group.answers if a.verdict == Verdict.WRONG and a.closed and not a.cut), strict=False
         )
+        if right.prompt == wrong.prompt  # an environment may have opened two episodes differently
     ]
 
 
