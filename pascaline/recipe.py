@@ -87,6 +87,14 @@ class Recipe(Table):
         place = self.stages.index(stage)
         return next((name for name in reversed(self.models) if self.stages.index(name) < place), None)
 
+    def environment(self, stage: str) -> str:
+        """What a stage's model acts in: the stage's own, or else that of a stage whose chats it learns, or whose model it starts from."""
+        table = getattr(self, stage)
+        if own := getattr(table, "environment", ""):
+            return "" if own == "none" else str(own)
+        sources = [*getattr(table, "data", []), self.before(stage)]
+        return next((found for source in sources if source in self.stages and (found := self.environment(source))), "")
+
     @property
     def start(self) -> str | None:
         """The folder whose weights, tokenizer and shape the chain starts from, if it does not start from nothing."""

@@ -149,12 +149,14 @@ class Extend(Stage):
 class Sft(Stage):
     """Chats (docs/post-training.md). data: .jsonl files of them, or earlier stages that wrote some; examples: the puzzles' own too; roles:
     whose words are learnt. epochs: how often each chat is seen; tokens: how many are read, padding included, in place of epochs if it is
-    not 0. A chat of more than sequence_length tokens is left out and named in data.json, never cut. confessions: so many times the number
+    not 0. A chat of more than sequence_length tokens is left out and named in data.json, never cut. environment: what the puzzles' examples
+    are played in, with calls and results, as in rl ("": as the stage before, "none": in none). confessions: so many times the number
     of the puzzles' examples, chats that end with a report on the answer, for rl.confession to start from."""
 
     data: list[str] = []
     examples: bool = True
     puzzles: list[str] = []
+    environment: str = ""
     confessions: float = Field(0.0, ge=0)
     roles: list[Literal["assistant", "user", "system", "tool"]] = Field(["assistant"], min_length=1)
     tokens_per_step: int = Field(4096, ge=8)
@@ -222,7 +224,7 @@ class Rl(Stage):
     plain: the problems as the corpus writes them, without chat tokens: RL straight from a base model, as R1-Zero's.
 
     environment: what the model acts in over several turns, as "calculator", "python" or module:function (docs/post-training.md); max_tokens
-    is then for all turns together. "": it answers at once.
+    is then for all turns together. "": that of the stage before, if it has one; "none": the model answers at once.
 
     tis: cap of the weight trainer over engine that each token's loss is multiplied by, 0: no weight; mask_low, mask_high: a token with a
     weight outside of them teaches nothing, 0: no such end; stale: an answer with a negative advantage whose tokens have become less

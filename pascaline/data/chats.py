@@ -7,7 +7,7 @@ both are one document; where the template has taken something back, the turn beg
 
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from pascaline.data.batch import Sample
 from pascaline.data.puzzles.collection import rows
+from pascaline.data.turns import episode_ids, stops_of
 from pascaline.errors import BadInput
 from pascaline.tokenizer import THINK, UNTHINK, Tokenizer
 
@@ -25,11 +26,13 @@ MARKS = ("\ue000", "\uf8ff")  # private characters whose UTF-8 bytes differ at b
 @dataclass(frozen=True)
 class Chat:
     """A conversation. Each message has `role` and `content`, an assistant's perhaps its thought in `reasoning_content`. name: where it
-    comes from, file:line. completion_from: the first message that may be learnt."""
+    comes from, file:line. completion_from: the first message that may be learnt. stops: not None for an episode, whose turns are learnt as
+    they were played (turns.py); strings that ended a turn."""
 
     messages: list[dict[str, Any]]
     name: str
     completion_from: int = 0
+    stops: tuple[str, ...] | None = None
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -57,11 +60,21 @@ def _chat(row: dict[str, Any], name: str) -> Chat:
     if row.get("messages") is not None:
         if isinstance(row["messages"], str):
             raise BadInput(f"{name}: messages must be a list, each with role and content.")
-        return Chat(conversation(row["messages"], "user", f"{name}: messages"), name)
+        return _episode(Chat(conversation(row["messages"], "user", f"{name}: messages"), name), row)
     if row.get("prompt") is None or row.get("completion") is None:
         raise BadInput(f"{name} needs messages, or prompt and completion, and has {', '.join(row) or 'no column'}.")
     prompt = conversation(row["prompt"], "user", f"{name}: prompt")
-    return Chat([*prompt, *conversation(row["completion"], "assistant", f"{name}: completion")], name, len(prompt))
+    completion = conversation(row["completion"], "assistant", f"{name}: completion")
+    return _episode(Chat([*prompt, *completion], name, len(prompt)), row)
+
+
+def _episode(chat: Chat, row: dict[str, Any]) -> Chat:
+    """With the row's `stops`, if it has some: then it was played, from its first answer on or from where its completion begins."""
+    stops = stops_of(row, chat.name)
+    if stops is None:
+        return chat
+    first = next((i for i, m in enumerate(chat.messages) if m["role"] == "assistant"), len(chat.messages))
+    return replace(chat, completion_from=chat.completion_from or first, stops=tuple(stops))
 
 
 def conversation(value: Any, role: str, where: str) -> list[dict[str, Any]]:
@@ -103,6 +116,8 @@ def documents(chat: Chat, tokenizer: Tokenizer, roles: Collection[str]) -> list[
     """The chat as documents: each turn of `roles` carries `ce` in one of them; none, if the chat has no such turn.
 
     BadInput with the chat's name for messages that the template cannot take, or writes so that a turn's tokens cannot be told."""
+    if chat.stops is not None:
+        return _played(chat, tokenizer, roles)
     found: list[tuple[list[int], list[slice]]] = []
     for i in range(chat.completion_from, len(chat.messages)):
         if chat.messages[i]["role"] not in roles:
@@ -114,6 +129,16 @@ def documents(chat: Chat, tokenizer: Tokenizer, roles: Collection[str]) -> list[
         spans = found.pop()[1] if found and found[-1][0] == ids[: len(found[-1][0])] else []
         found.append((ids, [*spans, learnt]))
     return [_sample(ids, spans) for ids, spans in found]
+
+
+def _played(chat: Chat, tokenizer: Tokenizer, roles: Collection[str]) -> list[Sample]:
+    """An episode is one document; of its words only the assistant's are anybody's to learn."""
+    prompt, turns = chat.messages[: chat.completion_from], chat.messages[chat.completion_from :]
+    try:
+        ids, spans = episode_ids(tokenizer, prompt, turns, chat.stops or ())
+    except BadInput as error:
+        raise BadInput(f"{chat.name}: {error}") from None
+    return [_sample(ids, spans)] if "assistant" in roles else []
 
 
 def _sample(ids: list[int], spans: Iterable[slice]) -> Sample:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pascaline.data.batch import Sample
+from pascaline.data.turns import episode_ids, stops_of
 from pascaline.errors import BadInput
 from pascaline.tokenizer import Tokenizer
 
@@ -23,12 +24,14 @@ COLUMNS = 'a line has "chosen" and "rejected", and "prompt" unless they are whol
 
 @dataclass(frozen=True)
 class Pair:
-    """prompt: messages up to where the assistant answers; chosen, rejected: its answers; name: where the pair stands, file:line."""
+    """prompt: messages up to where the assistant answers; chosen, rejected: its answers; name: where the pair stands, file:line. stops: not
+    None for episodes, whose answers are all their turns (turns.py)."""
 
     prompt: list[Message]
-    chosen: Message
-    rejected: Message
+    chosen: Message | list[Message]
+    rejected: Message | list[Message]
     name: str
+    stops: list[str] | None = None
 
     @property
     def key(self) -> str:
@@ -70,6 +73,8 @@ def _pair(row: Any, name: str) -> Pair:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt or prompt[-1]["role"] == "assistant":
         raise BadInput(f"{name}: the prompt must end with what the assistant answers to, a message of another role.")
+    if (stops := stops_of(row, name)) is not None:
+        return Pair(prompt, chosen, rejected, name, stops)
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise BadInput(f"{name}: after the prompt, {side} must have one message of the assistant, and has {_roles(answer)}.")
@@ -135,16 +140,24 @@ def sample(pair: Pair, tokenizer: Tokenizer, stream: Literal["sum", "mean", "las
     begins = []
     for answer, sign in ((pair.chosen, 1.0), (pair.rejected, -1.0)):
         try:
-            before, after = encode(tokenizer, pair.prompt, answer)
+            ids, said = _said(tokenizer, pair, answer)
         except BadInput as error:
             raise BadInput(f"{pair.name}: {error}") from None
         begins.append(len(tokens))
-        tokens += before + after
-        own = np.full(len(after), sign / len(after) if stream == "mean" else sign, np.float32)
-        if stream == "last":
-            own[:-1] = 0.0
-        weights += [np.zeros(len(before), np.float32), own]
+        tokens += ids
+        own = np.zeros(len(ids), np.float32)
+        own[said[-1:] if stream == "last" else said] = sign / len(said) if stream == "mean" else sign
+        weights.append(own)
     return Sample(np.array(tokens), {"score" if stream == "last" else "pair": np.concatenate(weights)}, tuple(begins))
+
+
+def _said(tokenizer: Tokenizer, pair: Pair, answer: Message | list[Message]) -> tuple[list[int], list[int]]:
+    """Ids of prompt and answer, and the places that the assistant says."""
+    if isinstance(answer, list):
+        ids, spans = episode_ids(tokenizer, pair.prompt, answer, pair.stops or ())
+        return ids, [place for span in spans for place in range(span.start, span.stop)]
+    before, after = encode(tokenizer, pair.prompt, answer)
+    return before + after, list(range(len(before), len(before) + len(after)))
 
 
 def documents(samples: Iterable[Sample]) -> list[np.ndarray]:

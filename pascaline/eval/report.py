@@ -60,11 +60,13 @@ def table_text(report: Mapping[str, Any]) -> str:
     ends = {"abstain": "abstain", "false_claim": "false", "truncated": "cut off"}
     if any(row.get("unjudged") for row in report.get("protocols", [])):
         ends["unjudged"] = "no verdict"
-    head = ["model", "puzzle", "temp", "top-p", "samples", "accuracy", "95% interval", "n", "tokens", *ends.values()]
+    called = ["calls"] if any("calls" in row for row in report.get("protocols", [])) else []  # of an environment, in an episode
+    head = ["model", "puzzle", "temp", "top-p", "samples", "accuracy", "95% interval", "n", "tokens", *ends.values(), *called]
     rows = [
         [str(row.get("model", NONE)), str(row.get("puzzle") or NONE), *(count(row.get(key)) for key in ("temperature", "top_p", "samples"))]
         + _accuracy(row)
         + [percent(row.get(key)) for key in ends]
+        + [count(row.get(key)) for key in called]
         for row in report.get("protocols", [])
     ]
     if rows:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from pascaline.data import chats, pairs
 from pascaline.data.puzzles import grade
+from pascaline.data.puzzles.families import Family
 from pascaline.errors import BadInput, nearest
 from pascaline.post import environments, verifiers
+from pascaline.post.environments import worked
 from pascaline.recipe import Recipe
 from pascaline.tables import Prefer, Sft, kind
 
@@ -29,12 +31,13 @@ def check_chain(recipe: Recipe) -> None:
             raise BadInput(
                 f"{name}.reward = '{reward}' is no earlier stage [prefer] with method = \"reward\" ({listed}){nearest(reward, judges)}"
             )
-        if getattr(stage, "plain", False) and (stage.environment or stage.confession):
-            raise BadInput(
-                f"{name}.plain is text without chat tokens, and environments and confessions need a chat's turns; leave one out."
-            )
-        if environment := getattr(stage, "environment", ""):
+        environment = recipe.environment(name)
+        if getattr(stage, "plain", False) and (environment or stage.confession):
+            raise BadInput(f"{name}.plain is text without chat tokens, and environments and confessions need a chat's turns; leave one out "
+                           f"({name}.environment = 'none' leaves that of the stage before).")  # fmt: skip
+        if environment:
             environments.get(environment)
+            _check_worked(recipe, name, environment)
     if recipe.eval.grader:
         _check_grader(recipe)
 
@@ -67,6 +70,18 @@ def _check_chats(recipe: Recipe, name: str) -> None:
                 near = nearest(source, writers)
                 raise BadInput(f"{name}.data: there is no file '{source}', and no earlier stage of that name{near or '.'}")
             deque(chats.stream(source), maxlen=0)
+
+
+def _check_worked(recipe: Recipe, name: str, environment: str) -> None:
+    """What a stage learns from the puzzles' own examples must be what the environment is played with."""
+    stage = getattr(recipe, name)
+    if kind(name) == "sft":
+        learns = stage.examples
+    else:
+        learns = kind(name) == "distil" and stage.method == "logits" and not stage.data
+    for puzzle, table in recipe.puzzles.items() if learns else ():
+        if table.examples:
+            worked.check(Family(puzzle, table), environment, recipe.seed)
 
 
 def _check_pairs(recipe: Recipe, name: str, stage: Prefer) -> None:

@@ -23,12 +23,13 @@ from pascaline.errors import BadInput
 from pascaline.ledger import COST, Totals
 from pascaline.model import hf
 from pascaline.model.transformer import Model
+from pascaline.post import environments
 from pascaline.post.check import check_shared
+from pascaline.post.environments import episode
 from pascaline.post.reference import Reference
 from pascaline.post.rollout import rl_sample
 from pascaline.post.sft import puzzle_chats
 from pascaline.post.stage import Run, loader, train
-from pascaline.post.verifiers import judge
 from pascaline.runs import write_json
 from pascaline.stopping import Interrupt
 from pascaline.tables import Distil, Puzzle
@@ -76,6 +77,7 @@ def _by_policy(run: Run, name: str, stage: Distil, teacher: Path) -> dict[str, A
     source = Taught(
         Engine(model, run.tokenizer()), stage, run.recipe.puzzles, run.recipe.seed, Reference(model, teacher, teacher, 0, 0), name
     )
+    source.acting = run.recipe.environment(name)
     return train(run, name, model, source, stage.steps, policy=Policy())
 
 
@@ -90,6 +92,7 @@ class Taught:
 
     def __init__(self, engine: Engine, stage: Distil, tables: dict[str, Puzzle], seed: int, teacher: Reference, name: str = "distil"):
         self.engine, self.stage, self.tables, self.seed, self.teacher, self.name = engine, stage, tables, seed, teacher, name
+        self.acting = ""  # the environment that the student answers in
         self.facts: dict[str, Any] = {}
         self.flops_per_token = 2.0 * active_parameters(engine.model)
 
@@ -107,7 +110,10 @@ class Taught:
         assert engine.tokenizer is not None
         before, problems = engine.stats.generated + engine.stats.prefilled, self.problems(step)
         sampling = Sampling(1.0, 1.0, stage.max_tokens, stage.samples, seed=self._seed("sample", step))
-        outputs = engine.generate([p.prompt for p in problems], sampling)
+        if self.acting:
+            outputs = episode.play(engine, environments.get(self.acting), problems, sampling)
+        else:
+            outputs = engine.generate([p.prompt for p in problems], sampling)
         prompts = [engine.tokenizer.prompt_ids(p.prompt) for p in problems]
         samples = [rl_sample(prompt, output, 0.0) for prompt, group in zip(prompts, outputs, strict=True) for output in group]
         engine.release()  # what is cached is the old weights', and the trainer needs the memory
@@ -117,7 +123,8 @@ class Taught:
         self._check_room(max(len(s.tokens) for s in samples))
         spent = engine.stats.generated + engine.stats.prefilled - before
         read = 2.0 * active_parameters(self.teacher.model) * sum(len(s.tokens) for s in samples)
-        self.facts = {**_facts(problems, outputs), "reverse_kl": _reverse_kl(found), "rollout_tokens": spent,
+        called = {"calls": episode.calls(outputs)} if self.acting else {}
+        self.facts = {**_facts(problems, outputs), **called, "reverse_kl": _reverse_kl(found), "rollout_tokens": spent,
                       "rollout_flops": spent * self.flops_per_token + read}  # fmt: skip
         return found
 
@@ -150,7 +157,7 @@ def _reverse_kl(found: list[Batch]) -> float:
 
 
 def _facts(problems: list[Problem], outputs: list[list[Output]]) -> dict[str, float]:
-    judged = [verdict for group in judge(problems, outputs).verdicts for verdict in group]
+    judged = [verdict for group in episode.judge(problems, outputs).verdicts for verdict in group]
     known = [verdict is Verdict.RIGHT for verdict in judged if verdict is not Verdict.UNJUDGED]
     flat = [output for group in outputs for output in group]
     return {
@@ -231,6 +238,10 @@ def written(run: Run, stage: Distil, name: str) -> list[Sample]:
     """The chats of stage.data, or the puzzles' own examples where it names none; no chat is cut or left out."""
     recipe, tokenizer = run.recipe, run.tokenizer()
     paths = [run.folder(entry) / "chats.jsonl" if entry in recipe.stages else Path(entry) for entry in stage.data]
-    found = (chat for path in paths for chat in chats.stream(path)) if paths else puzzle_chats(recipe.puzzles, recipe.seed)
+    found = (
+        (chat for path in paths for chat in chats.stream(path))
+        if paths
+        else puzzle_chats(recipe.puzzles, recipe.seed, recipe.environment(name))
+    )
     samples = chats.gather(found, tokenizer, ["assistant"], sys.maxsize)
     return [samples.get(i) for i in range(len(samples.lengths))]

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from pascaline.eval import passk, tasks
 from pascaline.eval.questions import read_plain
 from pascaline.ledger import COST, Totals, cost
 from pascaline.model import hf
-from pascaline.post import extension, grading, stagetable
-from pascaline.post.reward import RewardModel
+from pascaline.post import environments, extension, grading, stagetable
+from pascaline.post.environments import episode
 from pascaline.post.stage import Run
 from pascaline.post.verifiers import judge
 from pascaline.recipe import Recipe
@@ -45,28 +46,36 @@ def evaluate(run: Run, name: str) -> dict[str, Any]:
     def piece(model: str, name: str, work: Callable[[Engine], dict[str, Any]]) -> None:
         pieces.append((model, f"{model}.{name}", work))  # a stage may be called rl-chain, and a puzzle chain
 
+    def sampling(temperature: float, top_p: float, samples: int, seed: int = SEED) -> Sampling:
+        return Sampling(temperature, top_p, plan.max_tokens, samples, seed=seed)
+
     base = _base(run.recipe)  # of our own, it reads plain text: it meets chat tokens only in sft
-    sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, 1 if base != START else plan.samples, seed=SEED)
-    piece(base, "plain", lambda engine, s=sampling: _protocol(engine, main, s, base != START))  # type: ignore[misc]
+    asked_once = sampling(plan.temperature, plan.top_p, 1 if base != START else plan.samples)
+    piece(base, "plain", partial(_protocol, problems=main, sampling=asked_once, how=How(plain=base != START)))
     grader = grading.Grader(lambda: _engine(run, plan.grader), plan.max_tokens) if plan.grader else None
     for model in run.recipe.talkers:
-        plain = run.recipe.plain(model)
-        for temperature, top_p, samples in protocols:
-            sampling = Sampling(temperature, top_p, plan.max_tokens, samples, seed=SEED)
-            piece(model, f"t{temperature:g}", lambda engine, s=sampling, plain=plain: _protocol(engine, main, s, plain))  # type: ignore[misc]
+        how = How(run.recipe.plain(model), run.recipe.environment(model))
+        for protocol in protocols:
+            piece(model, f"t{protocol[0]:g}", partial(_protocol, problems=main, sampling=sampling(*protocol), how=how))
         for other in plan.puzzles[1:]:
-            sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, 1, seed=SEED)
-            piece(model, other, lambda engine, s=sampling, n=other, plain=plain: _protocol(engine, problems[n], s, plain))  # type: ignore[misc]
-        sampling = Sampling(plan.temperature, plan.top_p, plan.max_tokens, plan.votes, seed=SEED + 1)
+            piece(model, other, partial(_protocol, problems=problems[other], sampling=sampling(plan.temperature, plan.top_p, 1), how=how))
+        voting = sampling(plan.temperature, plan.top_p, plan.votes, SEED + 1)
         for i, puzzle in enumerate(plan.puzzles):
-            asked, own = problems[puzzle][: plan.vote_problems], grader if grader and grade.gradable(puzzle) else None
-            piece(model, f"{puzzle}-votes" if i else "votes",
-                  lambda engine, s=sampling, p=asked, plain=plain, own=own: _votes(engine, p, s, plain, stagetable.judge(run), own))  # type: ignore[misc]  # fmt: skip
+            own = grader if grade.gradable(puzzle) and not how.acting else None  # an episode is no attempt that a grader has learnt
+            votes = partial(_votes, run=run, problems=problems[puzzle][: plan.vote_problems], sampling=voting, grader=own, how=how)
+            piece(model, f"{puzzle}-votes" if i else "votes", votes)
     attempts = tasks.held_out(run.recipe.attempts, run.recipe.puzzles, plan.problems, SEED)
     for model in run.recipe.graders:
         for puzzle, asked in attempts.items():
-            piece(model, puzzle, lambda engine, p=asked: grading.measured(engine, p, plan.max_tokens))  # type: ignore[misc]
+            piece(model, puzzle, partial(grading.measured, problems=asked, max_tokens=plan.max_tokens))
     return _work(run, pieces)
+
+
+class How(NamedTuple):
+    """In what way a model is asked: as a base model is, with plain text; or as episodes in the environment `acting`; else as chats."""
+
+    plain: bool = False
+    acting: str = ""
 
 
 def _engine(run: Run, model: str) -> Engine:
@@ -127,9 +136,13 @@ def computed(engine: Engine) -> int:
     return engine.stats.generated + engine.stats.prefilled
 
 
-def _asked(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool) -> tasks.Result:
-    """The problems put to a model as chats, or as plain text that it goes on from; then what follows "Answer: " counts."""
-    if not plain:
+def _asked(engine: Engine, problems: list[Problem], sampling: Sampling, how: How) -> tasks.Result:
+    """The problems put to a model; of plain text counts what follows "Answer: "."""
+    if how.acting:
+        played = episode.play(engine, environments.get(how.acting), problems, sampling)
+        found = episode.judge(problems, played)
+        return tasks.Result(problems, played, found.verdicts, found.trouble)
+    if not how.plain:
         return tasks.evaluate(engine, problems, sampling)
     own = engine.tokenizer
     assert own is not None
@@ -139,30 +152,37 @@ def _asked(engine: Engine, problems: list[Problem], sampling: Sampling, plain: b
     return tasks.Result(problems, read, judged.verdicts, judged.trouble)
 
 
-def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool) -> dict[str, Any]:
-    result = _asked(engine, problems, sampling, plain)
+def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling, how: How) -> dict[str, Any]:
+    result = _asked(engine, problems, sampling, how)
     examples = [
-        {"prompt": p.prompt, "thought": o[0].reasoning or "", "answer": o[0].text, "verdict": v[0].value}
+        {"prompt": p.prompt, "thought": episode.thoughts(o[0]), "answer": o[0].text, "verdict": v[0].value}
         for p, o, v in zip(problems[:EXAMPLES], result.outputs, result.verdicts, strict=False)
     ]
-    how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "samples": sampling.n, "puzzle": problems[0].puzzle}
-    return {**how, **result.summary(), "by_problem": result.means, "examples": examples}
+    asked = {"temperature": sampling.temperature, "top_p": sampling.top_p, "samples": sampling.n, "puzzle": problems[0].puzzle}
+    called = {"calls": episode.calls(result.outputs)} if how.acting else {}
+    return {**asked, **result.summary(), **called, "by_problem": result.means, "examples": examples}
 
 
 def _votes(
-    engine: Engine, problems: list[Problem], sampling: Sampling, plain: bool, judge: RewardModel | None, grader: grading.Grader | None
+    engine: Engine, run: Run, problems: list[Problem], sampling: Sampling, how: How, grader: grading.Grader | None
 ) -> dict[str, Any]:
-    result = _asked(engine, problems, sampling, plain)
+    result = _asked(engine, problems, sampling, how)
     counts = [k for k in VOTES if k <= sampling.n]
     majority, best = result.votes(counts)
-    found = {"k": counts, "majority": majority, "best_of": best, "n": len(problems), **stagetable.measured(engine, result, judge)}
-    return {**found, **_graded(engine, result, plain, grader, counts)} if grader else found
+    found = {
+        "k": counts,
+        "majority": majority,
+        "best_of": best,
+        "n": len(problems),
+        **stagetable.measured(engine, result, stagetable.judge(run)),
+    }
+    return {**found, **_graded(engine, result, how, grader, counts)} if grader else found
 
 
-def _graded(engine: Engine, result: tasks.Result, plain: bool, grader: grading.Grader, counts: list[int]) -> dict[str, Any]:
+def _graded(engine: Engine, result: tasks.Result, how: How, grader: grading.Grader, counts: list[int]) -> dict[str, Any]:
     own = engine.tokenizer
     assert own is not None
-    prompts = [len(written.prompt_ids(own, p.prompt) if plain else own.prompt_ids(p.prompt)) for p in result.problems]
+    prompts = [len(written.prompt_ids(own, p.prompt) if how.plain else own.prompt_ids(p.prompt)) for p in result.problems]
     before = computed(grader.engine)
     found = grading.best_of(result, prompts, grader, counts)
     tokens = computed(grader.engine) - before

@@ -13,6 +13,7 @@ import numpy as np
 
 from pascaline.data.puzzles import Problem, Verdict
 from pascaline.engine import Output
+from pascaline.post.environments.episode import thoughts
 from pascaline.runs import Metrics, disk_full
 
 TRACES = "traces.jsonl"  # in the stage's folder
@@ -105,7 +106,7 @@ class Traces:
         order = sorted(firsts.values()) + [i for i in range(len(outputs[g])) if i not in firsts.values()]
         said = [
             {
-                "thought": outputs[g][i].reasoning or "",
+                "thought": thoughts(outputs[g][i]),
                 "answer": outputs[g][i].text,
                 "verdict": verdicts[g][i].value,
                 "reward": float(reward_Gn[g, i]),

@@ -11,19 +11,22 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pascaline.data.puzzles import Problem, Verdict
 from pascaline.data.puzzles.families import Family
+from pascaline.data.turns import episode_ids
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.errors import BadInput
 from pascaline.ledger import COST, Totals
 from pascaline.model import hf
-from pascaline.post import reject_card
+from pascaline.post import environments, reject_card
+from pascaline.post.environments import episode
+from pascaline.post.environments.episode import Episode
 from pascaline.post.reward import RewardModel
 from pascaline.post.stage import Run
-from pascaline.post.verifiers import closed, judge, scores
+from pascaline.post.verifiers import closed, scores
 from pascaline.post.verifiers.base import RIGHT
 from pascaline.runs import read_json, write_atomic, write_json
 from pascaline.stopping import Interrupt
@@ -41,7 +44,8 @@ BROKEN = 0.1  # share of answers without a verdict above which it is said on scr
 @dataclass
 class Answer:
     """One sampled answer. cut: by max_tokens; closed: there is an answer behind the thought. Of a right one, exact: its text encodes to
-    the sampled tokens again; refused: the check that it fails; score: the reward model's, if there is one."""
+    the sampled tokens again; refused: the check that it fails; score: the reward model's, if there is one. Of an episode, prompt and turns:
+    all its messages."""
 
     thought: str | None
     text: str
@@ -52,16 +56,20 @@ class Answer:
     exact: bool = False
     refused: str = ""
     score: float | None = None
+    prompt: list[dict[str, Any]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def normal(self) -> tuple[str, ...]:
-        """Answer and thought up to white space."""
-        return tuple(" ".join(part.split()) for part in (self.text, self.thought or ""))
+        """Answers and thoughts up to white space."""
+        parts = [part for m in reversed(self.messages) for part in (m["content"], m.get("reasoning_content", ""))]
+        return tuple(" ".join(part.split()) for part in parts)
 
     @property
-    def message(self) -> dict[str, str]:
+    def messages(self) -> list[dict[str, Any]]:
+        """What follows the prompt."""
         thought = {} if self.thought is None else {"reasoning_content": self.thought}
-        return {"role": "assistant", **thought, "content": self.text}
+        return self.turns or [{"role": "assistant", **thought, "content": self.text}]
 
 
 @dataclass
@@ -103,12 +111,14 @@ def reject(run: Run, name: str) -> dict[str, Any]:
     if not facts["kept"]:
         raise BadInput(_nothing(name, stage, facts))
     folder = run.folder(name)
+    acting = run.recipe.environment(name)
+    stops = {"stops": environments.stops(acting)} if acting else {}
     chats = [
-        {"messages": [_user(g), a.message], "puzzle": g.problem.puzzle, "key": g.problem.key, "rate": g.rate}
+        {**_chat(g, a), **stops, "puzzle": g.problem.puzzle, "key": g.problem.key, "rate": g.rate}
         for g, answers in zip(groups, kept, strict=True)
         for a in answers
     ]
-    for file, rows in (("chats.jsonl", chats), ("pairs.jsonl", pairs)):
+    for file, rows in (("chats.jsonl", chats), ("pairs.jsonl", [pair | stops for pair in pairs])):
         write_atomic(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json(folder / "reject.json", facts)
     write_atomic(folder / "card.md", reject_card.card(name, facts))
@@ -165,7 +175,8 @@ def _sampled(run: Run, name: str, stage: Reject, problems: list[Problem]) -> tup
             if (found := read_json(path)) is None:
                 if engine is None:
                     engine, scorer = _models(run, name, stage)
-                found = _part(engine, scorer, stage, part, random.Random(f"{name} {run.recipe.seed} {i}").getrandbits(48))
+                seed = random.Random(f"{name} {run.recipe.seed} {i}").getrandbits(48)
+                found = _part(engine, scorer, stage, part, seed, run.recipe.environment(name))
                 spent.add(*(found[key] for key in COST))
                 write_json(path, found)
                 found = read_json(path) or {}  # as one that goes on reads it
@@ -190,16 +201,22 @@ def _models(run: Run, name: str, stage: Reject) -> tuple[Engine, RewardModel | N
     return engine, RewardModel.load(run.folder(stage.reward), run.dtype, run.device)
 
 
-def _part(engine: Engine, scorer: RewardModel | None, stage: Reject, problems: list[Problem], seed: int) -> dict[str, Any]:
+def _part(
+    engine: Engine, scorer: RewardModel | None, stage: Reject, problems: list[Problem], seed: int, acting: str = ""
+) -> dict[str, Any]:
     before, began = engine.stats.generated + engine.stats.prefilled, time.perf_counter()
     sampling = Sampling(stage.temperature, stage.top_p, stage.max_tokens, stage.samples, seed=seed)
-    outputs = engine.generate([p.prompt for p in problems], sampling)
+    if acting:
+        outputs = episode.play(engine, environments.get(acting), problems, sampling)
+    else:
+        outputs = engine.generate([p.prompt for p in problems], sampling)
     engine.release()  # a part has the same bits whether others came before it or not
-    judged = judge(problems, outputs)
+    judged = episode.judge(problems, outputs)
     tokenizer = engine.tokenizer
     assert tokenizer is not None
+    stops = environments.stops(acting) if acting else []
     answers = [
-        [_answer(tokenizer, p.prompt, o, v) for o, v in zip(group, row, strict=True)]
+        [_answer(tokenizer, p.prompt, o, v, stops) for o, v in zip(group, row, strict=True)]
         for p, group, row in zip(problems, outputs, judged.verdicts, strict=True)
     ]
     flat = list(zip(
@@ -214,7 +231,7 @@ def _part(engine: Engine, scorer: RewardModel | None, stage: Reject, problems: l
     good = [item for item in flat if _stands(item[2])]
     read = 0.0
     if scorer and good:
-        chats = [[*tokenizer.prompt_ids(p.prompt), *o.token_ids] for p, o, _ in good]
+        chats = [episode.whole(tokenizer.prompt_ids(p.prompt), o) for p, o, _ in good]
         given, read = scorer.scores(chats), forward_flops(scorer.model, sum(map(len, chats)))
         for (_, _, answer), value in zip(good, given, strict=True):
             answer.score = float(value)
@@ -223,13 +240,16 @@ def _part(engine: Engine, scorer: RewardModel | None, stage: Reject, problems: l
     return {"answers": [[asdict(a) for a in row] for row in answers], "trouble": trouble, **dict(zip(COST, spent, strict=True))}
 
 
-def _answer(tokenizer: Tokenizer, prompt: str, output: Output, verdict: Verdict) -> Answer:
+def _answer(tokenizer: Tokenizer, prompt: str, output: Output, verdict: Verdict, stops: list[str]) -> Answer:
     said, thought = output.text, output.reasoning
     answer = Answer(thought, said, verdict.value, len(output.token_ids), output.finish_reason == "length", closed(output))
+    if isinstance(output, Episode):
+        answer.prompt, answer.turns = output.prompt, output.messages
     if verdict is Verdict.RIGHT:
-        again = [*tokenizer.encode(said), tokenizer.end_of_turn] if thought is None else tokenizer.chat_ids(prompt, thought, said)[1]
-        answer.exact = again == output.token_ids
-        answer.refused = "unreadable" if UNREADABLE in f"{thought}{said}" else ""
+        opened = answer.prompt or [{"role": "user", "content": prompt}]
+        again, _ = episode_ids(tokenizer, opened, answer.messages, stops)
+        answer.exact = again == episode.whole(tokenizer.prompt_ids(opened), output)
+        answer.refused = "unreadable" if any(UNREADABLE in part for part in answer.normal) else ""
     return answer
 
 
@@ -263,16 +283,25 @@ def _distinct(answers: Iterable[Answer]) -> list[Answer]:
 def _pairs(groups: list[Group], accepted: list[list[Answer]]) -> list[dict[str, Any]]:
     """A right and a wrong answer of the same problem, each answer once; what was cut off is no answer, and who gives up claims nothing."""
     return [
-        {"prompt": [_user(group)], "chosen": [right.message], "rejected": [wrong.message]}
+        {"prompt": _opened(group, right), "chosen": right.messages, "rejected": wrong.messages}
         for group, answers in zip(groups, accepted, strict=True)
         for right, wrong in zip(
             answers, _distinct(a for a in group.answers if a.verdict == Verdict.WRONG and a.closed and not a.cut), strict=False
         )
+        if right.prompt == wrong.prompt  # an environment may have opened two episodes differently
     ]
 
 
-def _user(group: Group) -> dict[str, str]:
-    return {"role": "user", "content": group.problem.prompt}
+def _opened(group: Group, answer: Answer) -> list[dict[str, Any]]:
+    return answer.prompt or [{"role": "user", "content": group.problem.prompt}]
+
+
+def _chat(group: Group, answer: Answer) -> dict[str, Any]:
+    """The columns of a chat; where an environment's prompt has answers of its own, it is told apart from what was said."""
+    prompt = _opened(group, answer)
+    if any(m["role"] == "assistant" for m in prompt):
+        return {"prompt": prompt, "completion": answer.messages}
+    return {"messages": [*prompt, *answer.messages]}
 
 
 def _nothing(name: str, stage: Reject, facts: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from pascaline.train.policy import Policy
 
 def rl(run: Run, name: str) -> dict[str, Any]:
     """GRPO on puzzles, rollouts from the engine on the weights being trained; by one rank."""
-    stage: Rl = getattr(run.recipe, name)
+    stage: Rl = getattr(run.recipe, name).model_copy(update={"environment": run.recipe.environment(name)})
     start = run.origin(name)
     model = hf.load(start, device=run.device)
     # The engine holds the same module object as the trainer, so it samples from the newest weights.

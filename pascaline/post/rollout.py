@@ -172,7 +172,7 @@ class Rollouts:
 
     def _preferred(self, judge: RewardModel, problems: list[Problem], outputs: list[list[Output]]) -> np.ndarray:
         """How likely each answer is better than its group's average, by a reward model [G, n]: its scores have no zero of their own."""
-        ids = [self.prompt_ids(p.prompt) + o.token_ids for p, group in zip(problems, outputs, strict=True) for o in group]
+        ids = [episode.whole(self.prompt_ids(p.prompt), o) for p, group in zip(problems, outputs, strict=True) for o in group]
         self.read += forward_flops(judge.model, sum(map(len, ids)))
         score = judge.scores(ids).reshape(len(problems), -1).astype(np.float64)
         return np.asarray(1 / (1 + np.exp(score.mean(1, keepdims=True) - score)))

@@ -13,6 +13,7 @@ from pascaline.data.loader import Joined, ListSamples, Loader
 from pascaline.data.puzzles.families import Family
 from pascaline.errors import BadInput
 from pascaline.post.confession import confession_samples
+from pascaline.post.environments import worked
 from pascaline.post.stage import Run, loader, train
 from pascaline.runs import read_json, write_json
 from pascaline.stopping import Interrupt
@@ -47,22 +48,27 @@ def steps(stage: Sft, rows: Loader) -> int:
     return max(ceil(count / rows.rows), 1)
 
 
-def puzzle_chats(tables: Mapping[str, Puzzle], seed: int) -> Iterator[Chat]:
-    """The recipe's cold-start chats: problems of the training side of the split, each with a written-out thought and its answer."""
+def puzzle_chats(tables: Mapping[str, Puzzle], seed: int, environment: str = "") -> Iterator[Chat]:
+    """The recipe's cold-start chats: problems of the training side of the split, each with a written-out thought and its answer, or as it
+    is worked in an environment."""
     for name, table in tables.items():
         family = Family(name, table)
         # Another seed than the corpus: other draws of the same stream, still never a held-out problem.
-        for i, problem in enumerate(family.problems(table.examples, seed + 1, held_out=False)):
+        problems = family.problems(table.examples, seed + 1, held_out=False)
+        if environment:
+            yield from worked.episodes(family, problems, environment, seed)
+            continue
+        for i, problem in enumerate(problems):
             trace = family.trace(problem, random.Random(f"sft {seed} {name} {i}"))
             said = {"role": "assistant", "reasoning_content": trace.thought, "content": trace.answer}
             yield Chat([{"role": "user", "content": problem.prompt}, said], f"puzzle:{name}:{i}")
 
 
-def _chats(run: Run, stage: Sft) -> Iterator[Chat]:
+def _chats(run: Run, stage: Sft, environment: str = "") -> Iterator[Chat]:
     for source in stage.data:
         yield from chats.stream(run.folder(source) / "chats.jsonl" if source in run.recipe.stages else Path(source))
     if stage.examples:
-        yield from puzzle_chats(run.recipe.puzzles, run.recipe.seed)
+        yield from puzzle_chats(run.recipe.puzzles, run.recipe.seed, environment)
 
 
 def _gather(run: Run, name: str, longest: int) -> ChatSamples:
@@ -76,7 +82,7 @@ def _gather(run: Run, name: str, longest: int) -> ChatSamples:
             if interrupt.requested:
                 raise interrupt.stopped(f"stopped while reading the chats of {name}")
 
-        return chats.gather(_chats(run, stage), run.tokenizer(), stage.roles, longest, watch)
+        return chats.gather(_chats(run, stage, run.recipe.environment(name)), run.tokenizer(), stage.roles, longest, watch)
 
 
 def _facts(samples: ChatSamples, stage: Sft, longest: int) -> dict[str, Any]:

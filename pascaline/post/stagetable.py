@@ -10,6 +10,7 @@ from pascaline.engine import Engine
 from pascaline.eval.passk import mean_interval
 from pascaline.eval.tasks import Result
 from pascaline.ledger import COST
+from pascaline.post.environments.episode import whole
 from pascaline.post.reward import RewardModel
 from pascaline.post.stage import Run
 from pascaline.post.verifiers import scores
@@ -36,7 +37,7 @@ def measured(engine: Engine, result: Result, judge: RewardModel | None) -> dict[
     each = [(problem, output) for problem, group in zip(result.problems, result.outputs, strict=True) for output in group]
     style = {name: scores(name, [p for p, _ in each], [o for _, o in each])[0] for name in STYLE}
     if judge:
-        first = [own.prompt_ids(p.prompt) + group[0].token_ids for p, group in zip(result.problems, result.outputs, strict=True)]
+        first = [whole(own.prompt_ids(p.prompt), group[0]) for p, group in zip(result.problems, result.outputs, strict=True)]
         worth = [float(score) for score in judge.scores(first)]
         spent = {"judge_flops": forward_flops(judge.model, sum(map(len, first)))}
     else:

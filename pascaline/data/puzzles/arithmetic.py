@@ -11,6 +11,7 @@ import random
 from typing import Any
 
 from pascaline.data.puzzles.base import WHITESPACE, Dial, Problem, Trace, Verdict, share, turn
+from pascaline.data.puzzles.calls import call
 from pascaline.data.puzzles.expression import evaluate
 
 # operators: 1 is +, 2 is + and -, 3 is + and - and *
@@ -49,6 +50,12 @@ def trace(problem: Problem, rng: random.Random, slip: float = 0.0) -> Trace:
         numbers[at : at + 2] = [_operation(numbers[at], operators[at], numbers[at + 1], Paper(lines, rng, slip))]
         operators = operators[:at] + operators[at + 1 :]
     return Trace("\n".join(lines), str(numbers[0]))
+
+
+def turns(problem: Problem, environment: str, rng: random.Random) -> list[Trace]:
+    """The whole sum is asked, and the result believed."""
+    asked = _sum(problem.data["numbers"], problem.data["operators"])
+    return [Trace("ask", call(environment, asked)), Trace("done", str(solve(problem)))]
 
 
 def solve(problem: Problem) -> str | None:

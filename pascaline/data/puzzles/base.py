@@ -52,7 +52,9 @@ class Dial(NamedTuple):
 
 
 class Puzzle(Protocol):
-    """What a puzzle module (or a plugin's object) provides."""
+    """What a puzzle module (or a plugin's object) provides. It may also have turns(problem, environment, rng) -> list[Trace], a worked
+    episode: what the model thinks and says in each turn, the final answer in the last. What the environment answers is not written, for a
+    worked episode is played (pascaline/post/environments/worked.py)."""
 
     LEVELS: Mapping[str, Dial]
 

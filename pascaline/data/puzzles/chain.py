@@ -10,6 +10,7 @@ import random
 from typing import Any
 
 from pascaline.data.puzzles.base import WHITESPACE, Dial, Problem, Trace, Verdict, share, turn
+from pascaline.data.puzzles.calls import call
 
 LEVELS = {"steps": Dial(4, 2, 5), "modulo": Dial(100, 10, 1000)}
 WORDS = {"+": "add", "-": "subtract", "*": "multiply by"}
@@ -44,6 +45,17 @@ def trace(problem: Problem, rng: random.Random, slip: float = 0.1, direct: float
         lines.append(f"{value}{operator}{operand}={result}")
         value = result
     return Trace("\n".join(lines), str(value))
+
+
+def turns(problem: Problem, environment: str, rng: random.Random) -> list[Trace]:
+    """Each step is asked; what is left of its result modulo the modulus is the model's own thought."""
+    modulo, value = problem.data["modulo"], problem.data["start"]
+    found, thought = [], f"{value}"
+    for operator, operand in problem.data["steps"]:
+        found.append(Trace(thought, call(environment, f"{value}{operator}{operand}")))
+        value = _apply(value, operator, operand, modulo)
+        thought = f"{value} is left"
+    return [*found, Trace(thought, str(value))]
 
 
 def solve(problem: Problem) -> str | None:

@@ -15,6 +15,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from pascaline.data.puzzles.base import WHITESPACE, Dial, Problem, Trace, Verdict, share, turn
+from pascaline.data.puzzles.calls import call
 from pascaline.data.puzzles.expression import evaluate
 from pascaline.errors import BadInput
 
@@ -68,17 +69,8 @@ def trace(
     if attempts < 1:
         raise BadInput(f"puzzle 'countdown': attempts={attempts!r} must be at least 1")
     numbers, target = tuple(sorted(problem.data["numbers"])), problem.data["target"]
-    every = _attempts(numbers)
-    patience = 1
-    while patience < attempts and rng.random() >= give_up:
-        patience += 1
-    start = int(rng.random() * len(every))
-    if rng.random() < planted:
-        hits = [i for i, (value, _) in enumerate(every) if value == target]
-        start = hits[int(rng.random() * len(hits))] - patience + 1 if hits else start
     written: list[str] = []
-    for number in range(min(patience, len(every))):
-        result, forms = every[(start + number) % len(every)]
+    for result, forms in _stretch(numbers, target, rng, attempts, give_up, planted):
         if slip and rng.random() < slip:
             result = _misread(result, rng)
         written.append(f"{'='.join(forms)}={result:02},{target:02}:{abs(result - target):02} ")
@@ -88,6 +80,34 @@ def trace(
     if rng.random() < false_claim:
         return Trace(thought + "yes", forms[0])
     return Trace(thought + "no", "none")
+
+
+def turns(problem: Problem, environment: str, rng: random.Random, attempts: int = 7) -> list[Trace]:
+    """A search in which the results of attempts are asked, not worked out; always such that the last attempt would be a solution. The first
+    turn says the target, the others whether the result is it. (Seven attempts and the answer are an environment's eight turns.)"""
+    numbers, target = tuple(sorted(problem.data["numbers"])), problem.data["target"]
+    found, thought = [], f"{target}"
+    for result, forms in _stretch(numbers, target, rng, attempts, give_up=0.25, planted=1.0):
+        found.append(Trace(thought, call(environment, forms[0])))
+        thought = f"{target}:{abs(result - target)} {'yes' if result == target else 'no'}"
+        if result == target:
+            return [*found, Trace(thought, forms[0])]
+    return [*found, Trace(thought, "none")]
+
+
+def _stretch(
+    numbers: Numbers, target: int, rng: random.Random, attempts: int, give_up: float, planted: float
+) -> list[tuple[int, tuple[str, ...]]]:
+    """The attempts of one search, in their order, those behind a solution too."""
+    every = _attempts(numbers)
+    patience = 1
+    while patience < attempts and rng.random() >= give_up:
+        patience += 1
+    start = int(rng.random() * len(every))
+    if rng.random() < planted:
+        hits = [i for i, (value, _) in enumerate(every) if value == target]
+        start = hits[int(rng.random() * len(hits))] - patience + 1 if hits else start
+    return [every[(start + number) % len(every)] for number in range(min(patience, len(every)))]
 
 
 def solve(problem: Problem) -> str | None:

@@ -51,5 +51,13 @@ class Family:
             return collection.trace(problem)
         return puzzles.get(self.name).trace(problem, rng, **self.table.quality)
 
+    def turns(self, problem: Problem, environment: str, rng: random.Random) -> list[Trace]:
+        """A worked episode in an environment; BadInput for a puzzle that writes none."""
+        write = None if self.table.file is not None else getattr(puzzles.get(self.name), "turns", None)
+        if write is None:
+            raise BadInput(f"puzzle '{self.name}' writes no worked episodes, from which environment '{environment}' could be learnt: set "
+                           "its examples to 0, or give it `turns` (docs/post-training.md).")  # fmt: skip
+        return list(write(problem, environment, rng))
+
     def _read(self, path: str) -> tuple[Problem, ...]:
         return collection.read(path, self.name, self.table.verifier, json.dumps(self.table.columns))

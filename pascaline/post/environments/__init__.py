@@ -16,7 +16,7 @@ from pascaline.post.environments.base import Environment, Observation, Refused, 
 from pascaline.post.environments.calculator import Calculator
 from pascaline.post.environments.python import Python
 
-__all__ = ["BUILT_IN", "Environment", "Observation", "Refused", "Tool", "get"]
+__all__ = ["BUILT_IN", "Environment", "Observation", "Refused", "Tool", "get", "stops"]
 
 BUILT_IN: dict[str, Callable[[], Environment]] = {"calculator": Calculator, "python": Python}
 GROUP = "pascaline.environments"
@@ -34,3 +34,8 @@ def get(name: str) -> Callable[[], Environment]:
         raise BadInput(f"environment '{name}' must be a function or class that gives, called without arguments, an object with reset and "
                        f"step; it lacks {' and '.join(missing)}.")  # fmt: skip
     return cast(Callable[[], Environment], found)
+
+
+def stops(name: str) -> list[str]:
+    """The strings that end a turn in this environment."""
+    return list(getattr(get(name)(), "stop", ()))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from pascaline.data.puzzles import Problem
+from pascaline.data.puzzles.calls import CLOSE, OPEN
 
-OPEN, CLOSE = "<tool>", "</tool>"
 LONGEST = 1000  # characters of a result
 TURNS = 8  # of an episode, where an environment does not say
 
@@ -38,6 +38,11 @@ class Environment(Protocol):
 
     def step(self, said: str) -> Observation:
         """said: the answer of one turn, without its thought."""
+
+
+def opening(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `reset` gave, as messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 class Refused(Exception):

@@ -9,18 +9,19 @@ leave it out. All episodes of a step are played side by side: one call of the en
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
 
 from pascaline.data.puzzles import Problem, Verdict
+from pascaline.data.turns import readable, reply_ids
 from pascaline.engine import Engine, Output, Sampling
 from pascaline.errors import BadInput
 from pascaline.post import verifiers
-from pascaline.post.environments.base import TURNS, Environment
+from pascaline.post.environments.base import TURNS, Environment, opening
 from pascaline.post.verifiers import Judged
 from pascaline.post.verifiers.base import RIGHT
 from pascaline.post.verifiers.sandbox import run_many
-from pascaline.tokenizer import MARK, Tokenizer
-
-OTHER_MARK = chr(ord(MARK) + 1)
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Segment:
 @dataclass
 class Episode(Output):
     """An answer of several turns. token_ids and logprobs: all that the model said; reasoning and text: of the last turn; segments: the
-    whole transcript, the prompt first. finish_reason: "length" also for one that used up its turns. verdict: where the environment has
-    judged it itself, or broke (`trouble`)."""
+    whole transcript, the prompt first; prompt and messages: the same as text, the model's turns and the environment's. finish_reason:
+    "length" also for one that used up its turns. verdict: where the environment has judged it itself, or broke (`trouble`)."""
 
     segments: list[Segment] = field(default_factory=list)
     turns: int = 0
+    prompt: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     verdict: Verdict | None = None
     trouble: str = ""
 
@@ -76,17 +79,21 @@ def judge(problems: Sequence[Problem], episodes: Sequence[Sequence[Output]]) -> 
     return Judged(verdicts, judged.trouble or next(iter(broken), ""))
 
 
-def reply_ids(tokenizer: Tokenizer, text: str, last: int) -> list[int]:
-    """Ids of what stands between two turns of the assistant's, by the chat template: the end of the first (unless `last`, the token said
-    last, is that), `text` as a user's message, and the beginning of the second. Special tokens written in the text stay text."""
-    text = text.encode(errors="replace").decode()  # no lone surrogates
-    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}, {"role": "user", "content": OTHER_MARK}]
-    before, _, after = tokenizer.render(said, add_generation_prompt=True).rpartition(MARK)[2].partition(OTHER_MARK)
-    if tokenizer.encode(text) == tokenizer.encode(text, special=True):  # as the template's text is encoded: in one piece
-        ids = tokenizer.encode(before + text + after, special=True)
-    else:
-        ids = [*tokenizer.encode(before, special=True), *tokenizer.encode(text), *tokenizer.encode(after, special=True)]
-    return ids[1:] if ids[:1] == [last] else ids
+def whole(prompt: list[int], output: Output) -> list[int]:
+    """All ids of an answer's transcript: a reward model, say, must read what the model read."""
+    return [token for segment in transcript(prompt, output) for token in segment.ids]
+
+
+def calls(outputs: Sequence[Sequence[Output]]) -> float:
+    """How often the environment answered in an episode, on average."""
+    return float(np.mean([len(getattr(output, "messages", [])) // 2 for group in outputs for output in group]))
+
+
+def thoughts(output: Output) -> str:
+    """All that stands before an answer, to be read: its thought, and of an episode the turns before, each part in a line of its own."""
+    before = output.messages[:-1] if isinstance(output, Episode) else []
+    lines = [part for m in before for part in (m.get("reasoning_content"), m["content"])]
+    return "\n".join(part for part in (*lines, output.reasoning) if part)
 
 
 class _Player:
@@ -96,7 +103,8 @@ class _Player:
         if engine.tokenizer is None:
             raise BadInput("an environment speaks in text; this engine has no tokenizer.")
         self.tokenizer, self.environment, self.problem, self.seed = engine.tokenizer, environment, problem, seed
-        self.segments = [Segment(self.tokenizer.prompt_ids(environment.reset(problem)))]
+        self.prompt, self.messages = opening(environment.reset(problem)), list[dict[str, Any]]()
+        self.segments = [Segment(self.tokenizer.prompt_ids(self.prompt))]
         self.ids = list(self.segments[0].ids)
         self.limit = min(len(self.ids) + sampling.max_tokens, engine.model.config.max_position_embeddings)  # of the transcript
         self.settings = replace(sampling, n=1, stop=(*sampling.stop, *getattr(environment, "stop", ())))
@@ -115,6 +123,8 @@ class _Player:
         self.turn += 1
         self.reasoning, said = self.tokenizer.thought(self.ids, output.token_ids)
         self.said = said or ""
+        thought = {} if self.reasoning is None else {"reasoning_content": self.reasoning}
+        self.messages.append({"role": "assistant", **thought, "content": self.said})
         self._add(Segment(output.token_ids, output.logprobs))
         if output.finish_reason != "stop" or (self.reasoning is not None and not self.said):
             self.over = output.finish_reason
@@ -136,6 +146,7 @@ class _Player:
         if self.turn >= self.most or len(self.ids) + len(given) >= self.limit:
             self.over = "length"
         else:
+            self.messages.append({"role": "user", "content": readable(seen.text)})
             self._add(Segment(given))
 
     def _add(self, segment: Segment) -> None:
@@ -145,7 +156,8 @@ class _Player:
     def episode(self) -> Episode:
         said = [(segment.ids, segment.logprobs) for segment in self.segments if segment.logprobs is not None]
         ids, logprobs = [t for part, _ in said for t in part], [p for _, part in said for p in part]
-        return Episode(ids, logprobs, self.over, self.said, self.reasoning, [], self.segments, self.turn, self.verdict, self.trouble)
+        told = (self.prompt, self.messages, self.verdict, self.trouble)
+        return Episode(ids, logprobs, self.over, self.said, self.reasoning, [], self.segments, self.turn, *told)
 
 
 def _verdict(environment: Environment, problem: Problem, answer: str) -> Verdict | None:
