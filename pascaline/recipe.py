@@ -71,6 +71,11 @@ class Recipe(Table):
         place = self.stages.index(stage)
         return next((name for name in reversed(self.models) if self.stages.index(name) < place), None)
 
+    def taught(self, stage: str) -> dict[str, Puzzle]:
+        """The puzzles whose examples an sft stage teaches: those that it names, or all."""
+        named = getattr(self, stage).puzzles
+        return {name: table for name, table in self.puzzles.items() if not named or name in named}
+
     @property
     def start(self) -> str | None:
         """The folder whose weights, tokenizer and shape the chain starts from, if it does not start from nothing."""

@@ -147,13 +147,15 @@ class Extend(Stage):
 
 
 class Sft(Stage):
-    """Chats (docs/post-training.md). data: .jsonl files of them, or earlier stages that wrote some; examples: the puzzles' own too; roles:
-    whose words are learnt. epochs: how often each chat is seen; tokens: how many are read, padding included, in place of epochs if it is
-    not 0. A chat of more than sequence_length tokens is left out and named in data.json, never cut. confessions: so many times the number
-    of the puzzles' examples, chats that end with a report on the answer, for rl.confession to start from."""
+    """Chats (docs/post-training.md). data: .jsonl files of them, or earlier stages that wrote some; examples: the puzzles' own too;
+    puzzles: whose examples, none named: all; roles: whose words are learnt. epochs: how often each chat is seen; tokens: how many are read,
+    padding included, in place of epochs if it is not 0. A chat of more than sequence_length tokens is left out and named in data.json,
+    never cut. confessions: so many times the number of the puzzles' examples, chats that end with a report on the answer, for
+    rl.confession to start from."""
 
     data: list[str] = []
     examples: bool = True
+    puzzles: list[str] = []
     confessions: float = Field(0.0, ge=0)
     roles: list[Literal["assistant", "user", "system", "tool"]] = Field(["assistant"], min_length=1)
     tokens_per_step: int = Field(4096, ge=8)

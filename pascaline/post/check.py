@@ -213,8 +213,10 @@ def _check_puzzles(recipe: Recipe) -> None:
     asked = {f"{name}.puzzles": getattr(recipe, name).puzzles for name in recipe.stages if hasattr(getattr(recipe, name), "puzzles")
              and getattr(getattr(recipe, name), "method", "") != "logits"}  # fmt: skip
     for where, names in asked.items():
-        if not names or set(names) - set(recipe.puzzles):
-            raise BadInput(f"{where} = {names} must name puzzles of the recipe ({', '.join(recipe.puzzles) or 'it has none'}).")
+        unknown = [name for name in names if name not in recipe.puzzles]
+        if unknown or not (names or kind(where.partition(".")[0]) == "sft"):
+            near = nearest(unknown[0], recipe.puzzles) if unknown else ""
+            raise BadInput(f"{where} = {names} must name puzzles of the recipe ({', '.join(recipe.puzzles) or 'it has none'}){near or '.'}")
     for name in recipe.eval.puzzles:  # a space too small for the evaluation must not be found after the training
         Family(name, recipe.puzzles[name]).problems(recipe.eval.problems, 0, held_out=True)
     check_chain(recipe)

@@ -39,7 +39,7 @@ def check_chain(recipe: Recipe) -> None:
 def _check_chats(recipe: Recipe, name: str) -> None:
     """There must be chats, and files whole: a bad line would come up only when the stages before are done."""
     stage: Sft = getattr(recipe, name)
-    if not stage.data and not (stage.examples and any(t.examples for t in recipe.puzzles.values())):
+    if not stage.data and not (stage.examples and any(t.examples for t in recipe.taught(name).values())):
         raise BadInput(f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000), or name files "
                        f"in {name}.data.")  # fmt: skip
     writers = [other for other in recipe.stages[: recipe.stages.index(name)] if kind(other) == "reject"]

@@ -1,18 +1,22 @@
 """Chained arithmetic: start with a number, add, subtract, multiply, keep two digits.
 
 Generator, trace writer, oracle and verifier in one file. Every intermediate is reduced modulo 100, so that each step
-is a fact about two-digit numbers and a slip anywhere spoils the result.
+is a fact about two-digit numbers and a slip anywhere spoils the result. Attempts can be graded, line by line (base.Gradable).
 """
 
 from __future__ import annotations
 
 import random
+import re
+from dataclasses import replace
 from typing import Any
 
-from pascaline.data.puzzles.base import WHITESPACE, Dial, Problem, Trace, Verdict, share, turn
+from pascaline.data.puzzles.base import RIGHT, WHITESPACE, Dial, Problem, Trace, Verdict, share, turn
 
 LEVELS = {"steps": Dial(4, 2, 5), "modulo": Dial(100, 10, 1000)}
 WORDS = {"+": "add", "-": "subtract", "*": "multiply by"}
+GRADED = ("thought", "answer")
+READABLE = re.compile(r"[0-9]{1,9}(?:[+*-][0-9]{1,9}=[0-9]{1,9})?")  # a line, or an answer
 
 
 def generate(rng: random.Random, **dials: Any) -> Problem:
@@ -57,6 +61,63 @@ def verify(problem: Problem, answer: str) -> Verdict:
     if answer == "none":
         return Verdict.ABSTAIN
     return Verdict.RIGHT if answer == solve(problem) else Verdict.WRONG
+
+
+def attempt(problem: Problem, rng: random.Random) -> Trace:
+    """A trace to be graded, half of them right. Most faults are slips; in one of seven attempts a step is misread, a line is missing or
+    stands twice, or the answer is not the last result."""
+    slip = 1 - 0.6 ** (1 / len(problem.data["steps"]))
+    tried = trace(problem, rng, slip, direct=0.1, lucky=0.5)
+    if rng.random() < 6 / 7 or not tried.thought:
+        return tried
+    lines, kind = tried.thought.split("\n"), int(rng.random() * 4)
+    at = int(rng.random() * len(lines))
+    if kind == 0:
+        steps = [list(step) for step in problem.data["steps"]]
+        steps[at][1] = 2 + (steps[at][1] - 1 + int(rng.random() * 7)) % 8  # another operand
+        return trace(replace(problem, data={**problem.data, "steps": steps}), rng, slip=0.0, direct=0.0)
+    if kind == 1:
+        modulo = problem.data["modulo"]
+        return Trace(tried.thought, str((int(tried.answer) + 1 + int(rng.random() * (modulo - 1))) % modulo))
+    lines[at : at + 1] = [lines[at]] * 2 if kind == 2 else []
+    return Trace("\n".join(lines), tried.answer)
+
+
+def check(problem: Problem, thought: str, answer: str) -> str:
+    """RIGHT, "line N" for the first line that is not the problem's next step, rightly worked out and written, or is missing or too much,
+    or "answer" where the lines are sound and the answer is another. An attempt without a thought is graded by its answer alone."""
+    return _graded(problem, thought, answer)[1]
+
+
+def review(problem: Problem, thought: str, answer: str) -> str:
+    """Each step worked out anew, beside it the attempt's line and whether they are equal, up to the first that is not: "2 37*4=48 37*4=46
+    no"; at the end the result and the answer. "?" stands for what cannot be read, "-" for what is not there."""
+    return "\n".join(_graded(problem, thought, answer)[0])
+
+
+def _graded(problem: Problem, thought: str, answer: str) -> tuple[list[str], str]:
+    """The lines of the review, and the grade."""
+    said = thought.strip(WHITESPACE).split("\n") if thought.strip(WHITESPACE) else []
+    value, steps, written = problem.data["start"], problem.data["steps"], list[str]()
+    for number, (operator, operand) in enumerate(steps, 1):
+        result = _apply(value, operator, operand, problem.data["modulo"])
+        line, value = f"{value}{operator}{operand}={result}", result
+        if not said:
+            written.append(line)
+            continue
+        shown = said[number - 1] if number <= len(said) else "-"
+        written.append(f"{number} {_compared(line, shown)}")
+        if shown != line:
+            return written, f"line {number}"
+    if len(said) > len(steps):
+        return [*written, f"{len(steps) + 1} {_compared('-', said[len(steps)])}"], f"line {len(steps) + 1}"
+    answer = answer.strip(WHITESPACE)
+    return [*written, _compared(str(value), answer)], RIGHT if answer == str(value) else "answer"
+
+
+def _compared(true: str, said: str) -> str:
+    shown = said if said == "-" or READABLE.fullmatch(said) else "?"
+    return f"{true} {shown} {'ok' if said == true else 'no'}"
 
 
 def _result(problem: Problem) -> int:
