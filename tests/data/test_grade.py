@@ -23,7 +23,13 @@ from pascaline.eval import suite
 from pascaline.eval.plan import Plan
 from pascaline.post import verifiers
 
-DIALS = [("chain", {}), ("chain", {"steps": [2, 5], "modulo": [10, 1000]}), ("countdown", {}), ("countdown", {"numbers": 4})]
+DIALS = [
+    ("chain", {}),
+    ("chain", {"steps": [2, 5], "modulo": [10, 1000]}),
+    ("chain", {"modulo": 1000}),
+    ("countdown", {}),
+    ("countdown", {"numbers": 4}),
+]
 MANY = 1500
 LINE = re.compile(r"(0|[1-9][0-9]*)([-+*])([0-9])=(0|[1-9][0-9]*)")
 FAULTS = {"chain": r"line [1-6]|answer", "countdown": r"numbers|none|unreadable|makes -?[0-9]+(/[0-9]+)?"}
@@ -185,7 +191,7 @@ def test_every_rewriting_has_the_value_of_the_whole(text: str) -> None:
 def test_a_review_ends_in_the_grade_and_says_nothing_false(name: str, dials: dict[str, Any]) -> None:
     puzzle = puzzles.get(f"grade:{name}")
     for problem in drawn(name, 400, dials):
-        inner, thought, _ = parts(problem)
+        inner = parts(problem)[0]
         trace = puzzle.trace(problem, random.Random(0))
         assert puzzle.verify(problem, trace.answer) is Verdict.RIGHT
         *before, last = trace.thought.split("\n")
@@ -193,8 +199,16 @@ def test_a_review_ends_in_the_grade_and_says_nothing_false(name: str, dials: dic
             assert last.endswith("ok" if trace.answer == "right" else "no") and not any(line.endswith("no") for line in before)
             fault = trace.answer.removeprefix("line ")
             assert not fault.isdecimal() or last.startswith(f"{fault} ")
-            steps = [line.split()[1 if thought else 0] for line in trace.thought.split("\n")[: len(inner.data["steps"])]]
-            assert all(step in sound(inner) for step in steps if "=" in step)
+            worked = re.findall(r"^[1-5] ([0-9]+[-+*][0-9]):(?:(.*):)?([0-9]+)(?: |$)", trace.thought, re.MULTILINE)
+            assert all(f"{step}={result}" in sound(inner) for step, _, result in worked)
+            assert len(worked) == (min(int(fault), len(sound(inner))) if fault.isdecimal() else len(sound(inner)))
+            for _, columns, result in worked:
+                done = [re.fullmatch(r"([0-9]+)([-+*])([0-9])([-+])([0-9])=([0-9]+)", column) for column in columns.split(",") if column]
+                assert all(
+                    c and reference(f"{int(c[1])}{c[2]}{c[3]}{c[4]}{c[5]}") == (int(c[6]), [int(c[i]) for i in (1, 3, 5)]) for c in done
+                )
+                assert not done or int("".join(c[6][-1] for c in reversed(done) if c)) == int(result)
+            assert bool(worked[0][1]) == (inner.data["modulo"] in (10, 100, 1000))
         elif trace.answer.startswith("makes"):
             value, target, off = re.findall(r"=(-?[0-9/]+),([0-9]+):([0-9/]+) no$", last)[0]
             assert Fraction(value) == Fraction(trace.answer.split()[1]) and abs(Fraction(value) - int(target)) == Fraction(off)
@@ -258,7 +272,7 @@ def test_a_true_verdict_with_a_false_fault_earns_nothing() -> None:
                       {"start": 1, "steps": [["+", 2], ["+", 3], ["+", 4]], "modulo": 100})  # fmt: skip
     asked = grade.ask(problem, "1+2=3\n3+3=7\n7+4=11", "11")
     said = ["line 2", "line 1", "line 3", "answer", "wrong", "line", "right", "line 2.", "line 2\n", "Line 2", "none", ""]
-    judged = verifiers.judge([asked], [[Output([], [], "stop", text, "1 1+2=3 1+2=3 ok") for text in said]])
+    judged = verifiers.judge([asked], [[Output([], [], "stop", text, "1 1+2:1+2+0=03,0+0+0=00:3 1+2=3 ok") for text in said]])
     assert [text for text, verdict in zip(said, judged.verdicts[0], strict=True) if verdict is Verdict.RIGHT] == ["line 2", "line 2\n"]
     assert set(judged.verdicts[0]) == {Verdict.RIGHT, Verdict.WRONG}, "a grade never abstains"
 

@@ -90,8 +90,12 @@ def check(problem: Problem, thought: str, answer: str) -> str:
 
 
 def review(problem: Problem, thought: str, answer: str) -> str:
-    """Each step worked out anew, beside it the attempt's line and whether they are equal, up to the first that is not: "2 37*4=48 37*4=46
-    no"; at the end the result and the answer. "?" stands for what cannot be read, "-" for what is not there."""
+    """Each step worked out anew, beside it the attempt's line and whether they agree, up to the first that does not; at the end the result
+    and the answer: "2 37*4:7*4+0=28,3*4+2=14:48 37*4=46 no". "?" stands for what cannot be read, "-" for what is not there.
+
+    By columns, and in another form than the attempt's lines: where the two forms are one, a tiny model copies the line instead of working
+    it out, and finds every attempt right (docs/log.md).
+    """
     return "\n".join(_graded(problem, thought, answer)[0])
 
 
@@ -101,23 +105,43 @@ def _graded(problem: Problem, thought: str, answer: str) -> tuple[list[str], str
     value, steps, written = problem.data["start"], problem.data["steps"], list[str]()
     for number, (operator, operand) in enumerate(steps, 1):
         result = _apply(value, operator, operand, problem.data["modulo"])
+        worked = f"{number} {value}{operator}{operand}:{_columns(value, operator, operand, problem.data['modulo'])}{result}"
         line, value = f"{value}{operator}{operand}={result}", result
         if not said:
-            written.append(line)
+            written.append(worked)
             continue
         shown = said[number - 1] if number <= len(said) else "-"
-        written.append(f"{number} {_compared(line, shown)}")
+        written.append(f"{worked} {_shown(shown)} {'ok' if shown == line else 'no'}")
         if shown != line:
             return written, f"line {number}"
     if len(said) > len(steps):
-        return [*written, f"{len(steps) + 1} {_compared('-', said[len(steps)])}"], f"line {len(steps) + 1}"
+        return [*written, f"{len(steps) + 1} - {_shown(said[len(steps)])} no"], f"line {len(steps) + 1}"
     answer = answer.strip(WHITESPACE)
-    return [*written, _compared(str(value), answer)], RIGHT if answer == str(value) else "answer"
+    good = answer == str(value)
+    return [*written, f"{value} {_shown(answer)} {'ok' if good else 'no'}"], RIGHT if good else "answer"
 
 
-def _compared(true: str, said: str) -> str:
-    shown = said if said == "-" or READABLE.fullmatch(said) else "?"
-    return f"{true} {shown} {'ok' if said == true else 'no'}"
+def _shown(said: str) -> str:
+    return said if said == "-" or READABLE.fullmatch(said) else "?"
+
+
+def _columns(value: int, operator: str, operand: int, modulo: int) -> str:
+    """The step by columns, the last first, as in arithmetic: with what is carried or borrowed, which beyond the modulus is dropped. Nothing
+    where the modulus is no power of ten."""
+    written, carry = [], 0
+    if modulo not in (10, 100, 1000):
+        return ""
+    for place, digit in enumerate(f"{value:0{len(str(modulo)) - 1}}"[::-1]):
+        a, b = int(digit), 0 if place and operator != "*" else operand
+        if operator == "-":
+            borrowed = int(a < b + carry)
+            written.append(f"{borrowed}{a}-{b}-{carry}={10 * borrowed + a - b - carry}")
+            carry = borrowed
+        else:
+            found = a * b + carry if operator == "*" else a + b + carry
+            written.append(f"{a}{operator}{b}+{carry}={found:02}")
+            carry = found // 10
+    return f"{','.join(written)}:"
 
 
 def _result(problem: Problem) -> int:
