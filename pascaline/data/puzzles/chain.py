@@ -90,11 +90,11 @@ def check(problem: Problem, thought: str, answer: str) -> str:
 
 
 def review(problem: Problem, thought: str, answer: str) -> str:
-    """Each step worked out anew, beside it the attempt's line and whether they agree, up to the first that does not; at the end the result
-    and the answer: "2 37*4:7*4+0=28,3*4+2=14:48 37*4=46 no". "?" stands for what cannot be read, "-" for what is not there.
+    """Each line of the attempt, the step worked out anew, and whether they agree, up to the first that does not; at the end the answer and
+    the result: "2 37*4=46,37*4:7*4+0=28,3*4+2=14:48 no". "?" stands for what cannot be read, "-" for what is not there.
 
-    By columns, and in another form than the attempt's lines: where the two forms are one, a tiny model copies the line instead of working
-    it out, and finds every attempt right (docs/log.md).
+    The line comes first, and the step by columns: a tiny model that has the line's own form to write copies the line instead of working it
+    out, and one that has worked it out copies that instead of the line; either finds every attempt right (docs/log.md).
     """
     return "\n".join(_graded(problem, thought, answer)[0])
 
@@ -105,20 +105,20 @@ def _graded(problem: Problem, thought: str, answer: str) -> tuple[list[str], str
     value, steps, written = problem.data["start"], problem.data["steps"], list[str]()
     for number, (operator, operand) in enumerate(steps, 1):
         result = _apply(value, operator, operand, problem.data["modulo"])
-        worked = f"{number} {value}{operator}{operand}:{_columns(value, operator, operand, problem.data['modulo'])}{result}"
+        worked = f"{value}{operator}{operand}:{_columns(value, operator, operand, problem.data['modulo'])}{result}"
         line, value = f"{value}{operator}{operand}={result}", result
         if not said:
-            written.append(worked)
+            written.append(f"{number} {worked}")
             continue
         shown = said[number - 1] if number <= len(said) else "-"
-        written.append(f"{worked} {_shown(shown)} {'ok' if shown == line else 'no'}")
+        written.append(f"{number} {_shown(shown)},{worked} {'ok' if shown == line else 'no'}")
         if shown != line:
             return written, f"line {number}"
     if len(said) > len(steps):
-        return [*written, f"{len(steps) + 1} - {_shown(said[len(steps)])} no"], f"line {len(steps) + 1}"
+        return [*written, f"{len(steps) + 1} {_shown(said[len(steps)])},- no"], f"line {len(steps) + 1}"
     answer = answer.strip(WHITESPACE)
     good = answer == str(value)
-    return [*written, f"{value} {_shown(answer)} {'ok' if good else 'no'}"], RIGHT if good else "answer"
+    return [*written, f"{_shown(answer)},{value} {'ok' if good else 'no'}"], RIGHT if good else "answer"
 
 
 def _shown(said: str) -> str:

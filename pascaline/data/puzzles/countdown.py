@@ -136,9 +136,9 @@ def check(problem: Problem, thought: str, answer: str) -> str:
 
 
 def review(problem: Problem, thought: str, answer: str) -> str:
-    """Each number that the answer uses, and those of the given ones that are left for it; then the answer worked out as in a trace:
+    """The answer, each number that it uses and those of the given ones that are left for it; then it is worked out as in a trace:
 
-    13 of 1 2 13, 1 of 1 2, 2 of 2 ok
+    (13-1)*2:13 of 1 2 13, 1 of 1 2, 2 of 2 ok
     (13-1)*2=12*02=24,24:00 yes
     """
     return "\n".join(_graded(problem, answer.strip(WHITESPACE))[0])
@@ -149,18 +149,18 @@ def _graded(problem: Problem, answer: str) -> tuple[list[str], str]:
     read = evaluate(answer)
     if read is None:
         return ([], "none") if answer == "none" else (["no value"], "unreadable")
-    left, found = sorted(problem.data["numbers"]), list[str]()
+    written, left, found = rewritten(answer), sorted(problem.data["numbers"]), list[str]()
     for number in read[1]:
         found.append(f"{number} of {' '.join(map(str, left)) or '-'}")
         if number not in left:
-            return [f"{', '.join(found)} no"], "numbers"
+            return [f"{written[0]}:{', '.join(found)} no"], "numbers"
         left.remove(number)
-    used = ", ".join(found)
+    used = f"{written[0]}:{', '.join(found)}"
     if left:
         return [f"{used}, left {' '.join(map(str, left))} no"], "numbers"
     target = problem.data["target"]
     off = abs(read[0] - target)
-    worked = f"{'='.join(rewritten(answer))},{target:02}:{off.numerator:02}" + (f"/{off.denominator}" if off.denominator > 1 else "")
+    worked = f"{'='.join(written)},{target:02}:{off.numerator:02}" + (f"/{off.denominator}" if off.denominator > 1 else "")
     lines = [f"{used} ok", f"{worked} {'no' if off else 'yes'}"]
     return lines, f"makes {read[0]}" if off else RIGHT
 
