@@ -199,7 +199,7 @@ def test_a_review_ends_in_the_grade_and_says_nothing_false(name: str, dials: dic
             assert last.endswith("ok" if trace.answer == "right" else "no") and not any(line.endswith("no") for line in before)
             fault = trace.answer.removeprefix("line ")
             assert not fault.isdecimal() or last.startswith(f"{fault} ")
-            worked = re.findall(r"^[1-5] (?:\S+,)?([0-9]+[-+*][0-9]):(?:(.*):)?([0-9]+)(?: |$)", trace.thought, re.MULTILINE)
+            worked = re.findall(r"^[1-5] (?:\S+,)?([0-9]+[-+*][0-9]):(?:([^:\n]*):)?([0-9]+)(?:,|$)", trace.thought, re.MULTILINE)
             assert all(f"{step}={result}" in sound(inner) for step, _, result in worked)
             assert len(worked) == (min(int(fault), len(sound(inner))) if fault.isdecimal() else len(sound(inner)))
             for _, columns, result in worked:
@@ -272,7 +272,7 @@ def test_a_true_verdict_with_a_false_fault_earns_nothing() -> None:
                       {"start": 1, "steps": [["+", 2], ["+", 3], ["+", 4]], "modulo": 100})  # fmt: skip
     asked = grade.ask(problem, "1+2=3\n3+3=7\n7+4=11", "11")
     said = ["line 2", "line 1", "line 3", "answer", "wrong", "line", "right", "line 2.", "line 2\n", "Line 2", "none", ""]
-    judged = verifiers.judge([asked], [[Output([], [], "stop", text, "1 1+2=3,1+2:1+2+0=03,0+0+0=00:3 ok") for text in said]])
+    judged = verifiers.judge([asked], [[Output([], [], "stop", text, "1 1+2=3,1+2:1+2+0=03,0+0+0=00:3,3:00 ok") for text in said]])
     assert [text for text, verdict in zip(said, judged.verdicts[0], strict=True) if verdict is Verdict.RIGHT] == ["line 2", "line 2\n"]
     assert set(judged.verdicts[0]) == {Verdict.RIGHT, Verdict.WRONG}, "a grade never abstains"
 

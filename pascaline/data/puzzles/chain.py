@@ -90,8 +90,9 @@ def check(problem: Problem, thought: str, answer: str) -> str:
 
 
 def review(problem: Problem, thought: str, answer: str) -> str:
-    """Each line of the attempt, the step worked out anew, and whether they agree, up to the first that does not; at the end the answer and
-    the result: "2 37*4=46,37*4:7*4+0=28,3*4+2=14:48 no". "?" stands for what cannot be read, "-" for what is not there.
+    """Each line of the attempt, the step worked out anew, and how far the two results are from each other, up to the first line that
+    differs; at the end the result and the answer: "2 37*4=46,37*4:7*4+0=28,3*4+2=14:48,46:02 no". "?" stands for what cannot be read, "-"
+    for what is not there.
 
     The line comes first, and the step by columns: a tiny model that has the line's own form to write copies the line instead of working it
     out, and one that has worked it out copies that instead of the line; either finds every attempt right (docs/log.md).
@@ -111,18 +112,24 @@ def _graded(problem: Problem, thought: str, answer: str) -> tuple[list[str], str
             written.append(f"{number} {worked}")
             continue
         shown = said[number - 1] if number <= len(said) else "-"
-        written.append(f"{number} {_shown(shown)},{worked} {'ok' if shown == line else 'no'}")
+        written.append(f"{number} {_shown(shown)},{worked}{_off(result, shown)} {'ok' if shown == line else 'no'}")
         if shown != line:
             return written, f"line {number}"
     if len(said) > len(steps):
         return [*written, f"{len(steps) + 1} {_shown(said[len(steps)])},- no"], f"line {len(steps) + 1}"
     answer = answer.strip(WHITESPACE)
     good = answer == str(value)
-    return [*written, f"{_shown(answer)},{value} {'ok' if good else 'no'}"], RIGHT if good else "answer"
+    return [*written, f"{value}{_off(value, answer)} {'ok' if good else 'no'}"], RIGHT if good else "answer"
 
 
 def _shown(said: str) -> str:
     return said if said == "-" or READABLE.fullmatch(said) else "?"
+
+
+def _off(result: int, said: str) -> str:
+    """The result that a line or an answer says, and how far it is from the true one."""
+    found = said.rpartition("=")[2] if READABLE.fullmatch(said) else ""
+    return f",{found}:{abs(int(found) - result):02}" if found else ",?"
 
 
 def _columns(value: int, operator: str, operand: int, modulo: int) -> str:
