@@ -95,6 +95,11 @@ class Recipe(Table):
         sources = [*getattr(table, "data", []), self.before(stage)]
         return next((found for source in sources if source in self.stages and (found := self.environment(source))), "")
 
+    def taught(self, stage: str) -> dict[str, Puzzle]:
+        """The puzzles whose examples an sft stage teaches: those that it names, or all."""
+        named = getattr(self, stage).puzzles
+        return {name: table for name, table in self.puzzles.items() if not named or name in named}
+
     @property
     def start(self) -> str | None:
         """The folder whose weights, tokenizer and shape the chain starts from, if it does not start from nothing."""

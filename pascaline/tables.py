@@ -147,11 +147,12 @@ class Extend(Stage):
 
 
 class Sft(Stage):
-    """Chats (docs/post-training.md). data: .jsonl files of them, or earlier stages that wrote some; examples: the puzzles' own too; roles:
-    whose words are learnt. epochs: how often each chat is seen; tokens: how many are read, padding included, in place of epochs if it is
-    not 0. A chat of more than sequence_length tokens is left out and named in data.json, never cut. environment: what the puzzles' examples
-    are played in, with calls and results, as in rl ("": as the stage before, "none": in none). confessions: so many times the number
-    of the puzzles' examples, chats that end with a report on the answer, for rl.confession to start from."""
+    """Chats (docs/post-training.md). data: .jsonl files of them, or earlier stages that wrote some; examples: the puzzles' own too;
+    puzzles: whose examples, none named: all; roles: whose words are learnt. epochs: how often each chat is seen; tokens: how many are read,
+    padding included, in place of epochs if it is not 0. A chat of more than sequence_length tokens is left out and named in data.json,
+    never cut. environment: what the examples are played in, with calls and results, as in rl ("": as the stage before, "none": in none).
+    confessions: so many times the number of the puzzles' examples, chats that end with a report on the answer, for rl.confession to
+    start from."""
 
     data: list[str] = []
     examples: bool = True
@@ -389,15 +390,8 @@ class Parallel(Table):
     replicas: int = Field(1, ge=1)
 
 
-KINDS: dict[str, type[Table]] = {
-    "pretrain": Pretrain,
-    "extend": Extend,
-    "sft": Sft,
-    "prefer": Prefer,
-    "rl": Rl,
-    "reject": Reject,
-    "distil": Distil,
-}
+KINDS: dict[str, type[Table]] = {"pretrain": Pretrain, "extend": Extend, "sft": Sft, "prefer": Prefer, "rl": Rl, "reject": Reject,
+                                 "distil": Distil}  # fmt: skip
 
 
 def kind(stage: str) -> str:

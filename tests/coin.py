@@ -1,4 +1,4 @@
-"""A puzzle that a model which has learnt nothing solves about half the time: say any digit, even ones are right."""
+"""A puzzle that a model which has learnt nothing solves about half the time: say any digit, even ones are right. A throw can be graded."""
 
 import random
 from typing import Any, ClassVar
@@ -8,6 +8,7 @@ from pascaline.data.puzzles import Problem, Trace, Verdict
 
 class Coin:
     LEVELS: ClassVar[dict[str, Any]] = {}
+    GRADED = ("answer",)
 
     def generate(self, rng: random.Random) -> Problem:
         number = rng.randrange(10_000)
@@ -21,6 +22,15 @@ class Coin:
 
     def verify(self, problem: Problem, answer: str) -> Verdict:
         return Verdict.RIGHT if answer and answer in "02468" else Verdict.WRONG
+
+    def attempt(self, problem: Problem, rng: random.Random) -> Trace:
+        return self.trace(problem, rng)
+
+    def check(self, problem: Problem, thought: str, answer: str) -> str:
+        return "right" if self.verify(problem, answer) is Verdict.RIGHT else f"odd {answer}"
+
+    def review(self, problem: Problem, thought: str, answer: str) -> str:
+        return answer
 
 
 def puzzle() -> Coin:

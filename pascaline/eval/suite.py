@@ -195,10 +195,10 @@ def _refuse_unknown(task: str) -> None:
     """puzzles.get says what is wrong with a puzzle; here the other kinds are known too."""
     kind, colon, _ = task.partition(":")
     plugins = [point.name for point in entry_points(group=puzzles.GROUP)]
-    if task in puzzles.BUILT_IN or task in plugins or (colon and kind == "gym"):
+    if task in puzzles.BUILT_IN or task in plugins or (colon and kind in ("gym", "grade")):
         return
     if colon and kind and importlib.util.find_spec(kind.partition(".")[0]):
         return  # a module:function, which there may be
     known = [*puzzles.BUILT_IN, *plugins, *TASKS, *FILES]
-    hint = nearest(kind, [*known, "gym"])
-    raise BadInput(f"there is no task '{task}'{hint or '.'} There are {', '.join(known)}, gym:FAMILY and module:function.")
+    hint = nearest(kind, [*known, "gym", "grade"])
+    raise BadInput(f"there is no task '{task}'{hint or '.'} There are {', '.join(known)}, gym:FAMILY, grade:PUZZLE and module:function.")

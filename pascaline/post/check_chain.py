@@ -10,7 +10,7 @@ from pascaline.errors import BadInput, nearest
 from pascaline.post import environments, verifiers
 from pascaline.post.environments import worked
 from pascaline.recipe import Recipe
-from pascaline.tables import Prefer, Sft, kind
+from pascaline.tables import Prefer, Puzzle, Sft, kind
 
 
 def check_chain(recipe: Recipe) -> None:
@@ -58,7 +58,7 @@ def _check_grader(recipe: Recipe) -> None:
 def _check_chats(recipe: Recipe, name: str) -> None:
     """There must be chats, and files whole: a bad line would come up only when the stages before are done."""
     stage: Sft = getattr(recipe, name)
-    if not stage.data and not (stage.examples and any(t.examples for t in recipe.puzzles.values())):
+    if not stage.data and not (stage.examples and any(t.examples for t in recipe.taught(name).values())):
         raise BadInput(f"{name} has nothing to learn from: give a puzzle some examples (puzzles.countdown.examples = 3000), or name files "
                        f"in {name}.data.")  # fmt: skip
     writers = [other for other in recipe.stages[: recipe.stages.index(name)] if kind(other) == "reject"]
@@ -74,12 +74,12 @@ def _check_chats(recipe: Recipe, name: str) -> None:
 
 def _check_worked(recipe: Recipe, name: str, environment: str) -> None:
     """What a stage learns from the puzzles' own examples must be what the environment is played with."""
-    stage = getattr(recipe, name)
-    if kind(name) == "sft":
-        learns = stage.examples
-    else:
-        learns = kind(name) == "distil" and stage.method == "logits" and not stage.data
-    for puzzle, table in recipe.puzzles.items() if learns else ():
+    stage, tables = getattr(recipe, name), dict[str, Puzzle]()
+    if kind(name) == "sft" and stage.examples:
+        tables = recipe.taught(name)
+    elif kind(name) == "distil" and stage.method == "logits" and not stage.data:
+        tables = recipe.puzzles
+    for puzzle, table in tables.items():
         if table.examples:
             worked.check(Family(puzzle, table), environment, recipe.seed)
 

@@ -33,7 +33,8 @@ def sft(run: Run, name: str) -> dict[str, Any]:
     if len({told["digest"] for told in run.ranks.gather(facts)}) > 1:
         raise BadInput(f"{name}: the ranks do not read the same chats; the files of {name}.data must be equal on all machines.")
     run.ranks.tell(_record(run, name, facts) if run.ranks.leader else None)
-    reports = confession_samples(run.recipe.puzzles, run.tokenizer(), run.recipe.seed, stage.confessions) if stage.confessions else []
+    tables = run.recipe.taught(name)
+    reports = confession_samples(tables, run.tokenizer(), run.recipe.seed, stage.confessions) if stage.confessions else []
     fitting = [sample for sample in reports if len(sample.tokens) <= longest]
     rows = loader(run, stage, Joined(samples, ListSamples(fitting)), stage.sequence_length)
     return train(run, name, model, rows, steps(stage, rows), first)
@@ -64,11 +65,12 @@ def puzzle_chats(tables: Mapping[str, Puzzle], seed: int, environment: str = "")
             yield Chat([{"role": "user", "content": problem.prompt}, said], f"puzzle:{name}:{i}")
 
 
-def _chats(run: Run, stage: Sft, environment: str = "") -> Iterator[Chat]:
+def _chats(run: Run, name: str) -> Iterator[Chat]:
+    stage: Sft = getattr(run.recipe, name)
     for source in stage.data:
         yield from chats.stream(run.folder(source) / "chats.jsonl" if source in run.recipe.stages else Path(source))
     if stage.examples:
-        yield from puzzle_chats(run.recipe.puzzles, run.recipe.seed, environment)
+        yield from puzzle_chats(run.recipe.taught(name), run.recipe.seed, run.recipe.environment(name))
 
 
 def _gather(run: Run, name: str, longest: int) -> ChatSamples:
@@ -82,7 +84,7 @@ def _gather(run: Run, name: str, longest: int) -> ChatSamples:
             if interrupt.requested:
                 raise interrupt.stopped(f"stopped while reading the chats of {name}")
 
-        return chats.gather(_chats(run, stage, run.recipe.environment(name)), run.tokenizer(), stage.roles, longest, watch)
+        return chats.gather(_chats(run, name), run.tokenizer(), stage.roles, longest, watch)
 
 
 def _facts(samples: ChatSamples, stage: Sft, longest: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Puzzles whose answers can be checked: the raw material of reasoning traces and of reinforcement learning.
 
 A puzzle is a module with LEVELS, generate, trace, solve and verify (see base.Puzzle). Others can be added through
-the entry-point group `pascaline.puzzles` or named as `module:function`.
+the entry-point group `pascaline.puzzles` or named as `module:function`. One that has GRADED, attempt, check and review besides
+(base.Gradable) is a puzzle once more as `grade:PUZZLE`: to grade attempts at it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hashlib import blake2b
 from typing import Any, cast
 
 from pascaline import plugins
-from pascaline.data.puzzles import arithmetic, chain, countdown, gym, needle
+from pascaline.data.puzzles import arithmetic, chain, countdown, grade, gym, needle
 from pascaline.data.puzzles.base import Dial, Problem, Puzzle, Trace, Verdict
 from pascaline.errors import BadInput
 
@@ -33,7 +34,8 @@ PATIENCE = 50_000  # draws in a row that bring nothing new before a space counts
 
 @lru_cache(maxsize=64)
 def get(name: str) -> Puzzle:
-    """The puzzle of this name: built in, a family of reasoning-gym's (`gym:FAMILY`), installed by a plugin, or at `module:function`.
+    """The puzzle of this name: built in, a family of reasoning-gym's (`gym:FAMILY`), the grading of attempts at another (`grade:PUZZLE`),
+    installed by a plugin, or at `module:function`.
 
     What a path or an entry point names is the puzzle itself, or a function or class that returns it when called
     without arguments. Raises BadInput for an unknown name or an object that lacks a puzzle's parts.
@@ -42,6 +44,8 @@ def get(name: str) -> Puzzle:
         return BUILT_IN[name]
     if name.startswith(gym.PREFIX):
         return cast(Puzzle, gym.get(name))
+    if name.startswith(grade.PREFIX):
+        return cast(Puzzle, grade.get(name))
     found = plugins.load("puzzle", name, GROUP, BUILT_IN, lambda named: named() if callable(named) else named)
     missing = [part for part in ("generate", "trace", "solve", "verify") if not callable(getattr(found, part, None))]
     if missing:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
 from pascaline.errors import BadInput, nearest
 
+RIGHT = "right"  # the grade of an attempt without a fault
 WHITESPACE = " \t\r\n"  # what may stand around an answer; str.strip() alone would also drop unicode spaces
 
 
@@ -65,6 +66,24 @@ class Puzzle(Protocol):
     def solve(self, problem: Problem) -> str | None: ...
 
     def verify(self, problem: Problem, answer: str) -> Verdict: ...
+
+
+class Gradable(Puzzle, Protocol):
+    """What a puzzle has besides if attempts at it can be graded (grade.py). All three are optional together."""
+
+    GRADED: Sequence[str]  # what of an attempt the grader reads: "thought", "answer", or both
+
+    def attempt(self, problem: Problem, rng: random.Random) -> Trace:
+        """A try to be graded, right in about half of the cases."""
+        ...
+
+    def check(self, problem: Problem, thought: str, answer: str) -> str:
+        """RIGHT, or the first fault, as a grader must name it. RIGHT only for what `verify` finds right, too."""
+        ...
+
+    def review(self, problem: Problem, thought: str, answer: str) -> str:
+        """The worked thought of a perfect grader, at whose end that grade is plain."""
+        ...
 
 
 def turn(puzzle: str, levels: Mapping[str, Dial], dials: Mapping[str, Any], rng: random.Random) -> dict[str, int]:

@@ -5,6 +5,7 @@ number of at most 99, so that a small model reads and writes two digits; the ver
 A trace tries one expression a line, works it out, restates the target and says how far off it is before it judges: a tiny model
 learns to subtract long before it learns to compare two numbers by itself. Attempts follow each other in a fixed order, so that what comes
 next can be read off the last line: a model that draws them at random cannot remember what it has tried, and repeats itself.
+Claims can be graded (base.Gradable): of an attempt a grader reads the answer alone, for nothing else is claimed.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from functools import lru_cache
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from pascaline.data.puzzles.base import WHITESPACE, Dial, Problem, Trace, Verdict, share, turn
+from pascaline.data.puzzles.base import RIGHT, WHITESPACE, Dial, Problem, Trace, Verdict, share, turn
 from pascaline.data.puzzles.calls import call
-from pascaline.data.puzzles.expression import evaluate
+from pascaline.data.puzzles.expression import evaluate, rewritten
 from pascaline.errors import BadInput
 
 LEVELS = {"numbers": Dial(3, 3, 4), "largest": Dial(20, 4, 99)}
 CEILING = 99  # of intermediates and of targets
 PRIME = 2**61 - 1
+GRADED = ("answer",)
 
 Numbers = tuple[int, ...]  # sorted
 
@@ -128,6 +130,67 @@ def verify(problem: Problem, answer: str) -> Verdict:
     if read is None or sorted(read[1]) != sorted(problem.data["numbers"]):
         return Verdict.WRONG
     return Verdict.RIGHT if read[0] == problem.data["target"] else Verdict.WRONG
+
+
+def attempt(problem: Problem, rng: random.Random) -> Trace:
+    """A claim to be graded, without a thought: half are right, 3 in 10 come near the target, the others have a wrong number or lack one,
+    and a few are no expression, or "none"."""
+    numbers, target = tuple(sorted(problem.data["numbers"])), problem.data["target"]
+    kind = rng.random()
+    if kind < 0.8:
+        return Trace("", _near(numbers, target, hit=kind < 0.5, rng=rng))
+    if kind < 0.96:
+        at = int(rng.random() * len(numbers))
+        other = [n for n in range(max(1, numbers[at] - 5), numbers[at] + 6) if n != numbers[at]]
+        instead = (other[int(rng.random() * len(other))],) if rng.random() < 0.8 else ()
+        changed = tuple(sorted((*numbers[:at], *instead, *numbers[at + 1 :])))
+        return Trace("", _near(changed, target, hit=True, rng=rng))
+    claim = _near(numbers, target, hit=True, rng=rng)
+    return Trace("", "none" if kind < 0.98 else claim.replace(")", "", 1) if ")" in claim else f"{claim}+")
+
+
+def check(problem: Problem, thought: str, answer: str) -> str:
+    """RIGHT, or what is wrong with the answer: "none" claims nothing, "unreadable" is no expression with a value, "numbers": it does not
+    use exactly the given ones, "makes N": its value is N (5, -5 or 5/2) and not the target."""
+    return _graded(problem, answer.strip(WHITESPACE))[1]
+
+
+def review(problem: Problem, thought: str, answer: str) -> str:
+    """The answer, each number that it uses and those of the given ones that are left for it; then it is worked out as in a trace:
+
+    (13-1)*2:13 of 1 2 13, 1 of 1 2, 2 of 2 ok
+    (13-1)*2=12*02=24,24:00 yes
+    """
+    return "\n".join(_graded(problem, answer.strip(WHITESPACE))[0])
+
+
+def _graded(problem: Problem, answer: str) -> tuple[list[str], str]:
+    """The lines of the review, and the grade."""
+    read = evaluate(answer)
+    if read is None:
+        return ([], "none") if answer == "none" else (["no value"], "unreadable")
+    written, left, found = rewritten(answer), sorted(problem.data["numbers"]), list[str]()
+    for number in read[1]:
+        found.append(f"{number} of {' '.join(map(str, left)) or '-'}")
+        if number not in left:
+            return [f"{written[0]}:{', '.join(found)} no"], "numbers"
+        left.remove(number)
+    used = f"{written[0]}:{', '.join(found)}"
+    if left:
+        return [f"{used}, left {' '.join(map(str, left))} no"], "numbers"
+    target = problem.data["target"]
+    off = abs(read[0] - target)
+    worked = f"{'='.join(written)},{target:02}:{off.numerator:02}" + (f"/{off.denominator}" if off.denominator > 1 else "")
+    lines = [f"{used} ok", f"{worked} {'no' if off else 'yes'}"]
+    return lines, f"makes {read[0]}" if off else RIGHT
+
+
+def _near(numbers: Numbers, target: int, hit: bool, rng: random.Random) -> str:
+    """An expression that makes the target, or comes as near as can be, if `hit`; else one of the six that come nearest without it."""
+    distances = [(abs(value - target), forms[0]) for value, forms in _attempts(numbers)]
+    least = min(distances)[0]
+    fit = [form for off, form in distances if off == least] if hit else [form for off, form in sorted(distances) if off][:6]
+    return fit[int(rng.random() * len(fit))]
 
 
 def _results(x: int, y: int) -> list[tuple[str, int]]:

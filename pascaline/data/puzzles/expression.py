@@ -54,6 +54,36 @@ def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
     return values[0], numbers
 
 
+def rewritten(text: str) -> list[str]:
+    """An expression that `evaluate` accepts, without its spaces, and what is left of it after each operation: (13-1)*2, 12*02, 24.
+
+    Innermost brackets come first, in them products before sums, and the left before the right. Results and what stands beside them have two
+    digits; one that is negative or no whole number stands in brackets, but for the last.
+    """
+    tokens: list[Fraction | str] = [Fraction(token) if token.isdecimal() else token for token in _TOKEN.findall(text)]
+    forms = ["".join(map(str, tokens))]
+    while len(tokens) > 1:
+        end = tokens.index(")") if ")" in tokens else len(tokens)
+        begin = max((i for i in range(end) if tokens[i] == "("), default=-1) + 1
+        if end - begin == 1:
+            tokens[begin - 1 : end + 1] = [tokens[begin]]  # a number in brackets
+            continue
+        at = next((i for i in range(begin, end) if tokens[i] in ("*", "/")), begin + 1)
+        left, operator, right = tokens[at - 1 : at + 2]
+        tokens[at - 1 : at + 2] = [_operate(Fraction(left), str(operator), Fraction(right))]
+        if end - begin == 3 and begin:
+            tokens[begin - 1 : begin + 2] = [tokens[begin]]
+        forms.append("".join(map(_two_digits, tokens)))
+    forms[-1] = forms[-1].strip("()")
+    return forms
+
+
+def _two_digits(token: Fraction | str) -> str:
+    if isinstance(token, str):
+        return token
+    return f"{token.numerator:02}" if token.denominator == 1 and token >= 0 else f"({token})"
+
+
 def _is_number(token: str) -> bool:
     return token[0] in "0123456789" and len(token) <= MAX_DIGITS and (token[0] != "0" or token == "0")
 
@@ -62,14 +92,13 @@ def _reduce(values: list[Fraction], operators: list[str], rank: int) -> bool:
     """Apply the waiting operators of at least this rank, back to the last open bracket; False: division by zero."""
     while operators and operators[-1] != "(" and _RANK[operators[-1]] >= rank:
         operator, right, left = operators.pop(), values.pop(), values.pop()
-        if operator == "+":
-            values.append(left + right)
-        elif operator == "-":
-            values.append(left - right)
-        elif operator == "*":
-            values.append(left * right)
-        elif right == 0:
+        if operator == "/" and right == 0:
             return False
-        else:
-            values.append(left / right)
+        values.append(_operate(left, operator, right))
     return True
+
+
+def _operate(left: Fraction, operator: str, right: Fraction) -> Fraction:
+    if operator in "+-":
+        return left + right if operator == "+" else left - right
+    return left * right if operator == "*" else left / right
