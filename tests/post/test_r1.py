@@ -13,6 +13,7 @@ from pascaline.runs import Metrics, read_json
 from pascaline.tables import kind
 
 TESTS = Path(__file__).parent.parent
+GRADE = "grade:coin:puzzle"
 SMALL: dict[str, dict[str, Any]] = {
     "pretrain": {"tokens": 16_000, "tokens_per_step": 1024, "sequence_length": 64, "optimizer": "adamw", "lr": 5e-3, "warmup": 2},
     "sft": {"epochs": 4.0, "tokens_per_step": 1024, "sequence_length": 64, "lr": 1e-2, "warmup": 2},
@@ -28,12 +29,15 @@ def small(name: str) -> str:
     raw = tomllib.loads((TESTS.parent / "recipes" / f"{name}.toml").read_text())
     coin = tomllib.loads((TESTS / "coin.toml").read_text())
     for table in (stage for stage in raw if kind(stage) in SMALL):
-        raw[table] |= SMALL[kind(table)] | ({"puzzles": ["coin:puzzle"]} if "puzzles" in raw[table] else {})
+        asked = {"puzzles": [GRADE if table.endswith("-grader") else "coin:puzzle"]} if "puzzles" in raw[table] else {}
+        raw[table] |= SMALL[kind(table)] | asked
     for few in (name for name in raw if name in ("sft-restart", "sft-traces")):
         raw[few]["epochs"] = 25.0  # of the few chats that reject leaves
     if "pretrain-student" in raw:
         raw["pretrain-student"]["model"] |= {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
     evaluation = coin["eval"] | {"problems": 32, "votes": 4, "vote_problems": 8}
+    if "grader" in raw["eval"]:
+        evaluation["grader"], coin["puzzles"][GRADE] = raw["eval"]["grader"], {"examples": 300}
     return to_toml(parse(raw | {key: coin[key] for key in ("dtype", "corpus", "puzzles", "tokenizer", "model")} | {"eval": evaluation}, ""))
 
 
@@ -55,6 +59,8 @@ def test_the_chain_of_r1_runs_whole_and_ends_in_one_table(r1: tuple[Path, str]) 
     for name, row in rows.items():
         assert set(row["puzzles"]["coin:puzzle"]) == {"pass_1", "pass_k", "maj_k"} and 0 <= row["format"] <= 1, name
         assert ("win_rate" in row) == (name != "sft")
+    assert [row["grader"] for row in report["grading"]["graders"]] == ["sft-grader", "rl-grader"]
+    assert {row["model"] for row in report["grading"]["rows"]} == set(rows) and "Best of k answers by the grades of rl-grader" in said
     assert "coin:puzzle 1/4/maj" in said and "the reward model prefer finds" in said
     page = (out / "report.html").read_text()
     assert "Stage by stage" in page and "coin:puzzle 1/4/maj" in page and "A longer context" not in page
