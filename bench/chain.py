@@ -2,9 +2,9 @@
 
     pascaline bench chain [--seeds 1 2 3] [--gain rl-last:sft distil:rl-student] [--best rl-last sft]
 
---gain AFTER:BEFORE: accuracy on each puzzle, paired by problem. --best: for these models the majority of all votes and, at equal tokens, the best
-by the grader, over pass@1. A line each: per seed [points, low, high] over problems (the majority of all without an interval), and over the
-seeds the mean with the 95 % interval of Student's t. A seed whose folder is finished is read, not run again."""
+--gain AFTER:BEFORE: accuracy on each puzzle, paired by problem. --best: for these models the majority of all votes and, at equal tokens,
+the best by the grader, over pass@1. A line each: per seed [points, low, high] over problems (the majority of all without an interval), and
+over the seeds the mean with the 95 % interval of Student's t. A seed whose folder is finished is read, not run again."""
 
 import argparse
 import json

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -173,8 +174,8 @@ def test_root_is_given_up(mode: str) -> None:
 @pytest.fixture
 def own_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the sandbox makes its folders."""
-    for path in [tmp_path, *list(tmp_path.parents)[:2]]:  # pytest's folders are closed to nobody
-        path.chmod(0o711)
+    for path in takewhile(lambda path: path != Path(tempfile.gettempdir()), [tmp_path, *tmp_path.parents]):
+        path.chmod(0o711)  # pytest's folders are closed to nobody
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 

@@ -189,7 +189,7 @@ def test_data_may_be_an_earlier_stages_chats(tmp_path: Path) -> None:
     run = Run(recipe, tmp_path, torch.device("cpu"), torch.float32)
     run.folder("reject").mkdir()
     put(run.folder("reject") / "chats.jsonl", {**GOOD[3], "puzzle": "countdown", "key": "k", "rate": 0.5})
-    found = list(sft._chats(run, getattr(recipe, "sft-restart")))
+    found = list(sft._chats(run, "sft-restart"))
     assert [c.name.rpartition("/")[2] for c in found] == ["chats.jsonl:1", "puzzle:countdown:0", "puzzle:countdown:1"]
     assert found[0].messages[1] == {"role": "assistant", "content": "3", "reasoning_content": "ttt"}
     assert [c.messages[1]["role"] for c in found] == ["assistant"] * 3
