@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pascaline.data.batch import Batch
 from pascaline.model.config import ModelConfig
 from pascaline.model.transformer import Model
 from pascaline.tokenizer import Tokenizer, train
@@ -52,6 +53,16 @@ def tiny_model(seed: int = 0, **changes) -> Model:
     model = Model(tiny_config(**changes))
     randomize_(model, seed)
     return model.eval()
+
+
+@torch.no_grad()
+def with_routes(model: Model, found: list[Batch]) -> list[Batch]:
+    """The same batches with the experts that the model uses now, recorded as an engine does."""
+    for batch in found:
+        _, routings = model.hidden(batch.tokens, batch.positions, batch.document_ids)
+        chosen = [routing.chosen.view(*batch.tokens.shape, -1) for routing in routings]
+        batch.streams["routes"] = torch.stack(chosen, 2).to(torch.uint8)
+    return found
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -46,13 +46,39 @@ def one_row_kernels(rows: int) -> Iterator[None]:
         torch.backends.mkldnn.enabled = before  # type: ignore[assignment]
 
 
+class Store:
+    """The cache's memory. pool [L, blocks, BLOCK, C]: zeros, for masked positions must hold numbers (0 * nan is nan); on the CPU memory is
+    touched when it is used first. routes [M, blocks, BLOCK, K]: the experts that each of the M layers with experts chose, if recorded."""
+
+    def __init__(self, config: ModelConfig, layers: int, blocks: int, dtype: torch.dtype, device: torch.device, record: bool):
+        self.pool = torch.zeros(layers, blocks, BLOCK, config.cache_width, dtype=dtype, device=device)
+        sparse = config.num_hidden_layers - config.first_k_dense_replace if record and config.n_routed_experts else 0
+        shape = (sparse, blocks, BLOCK, config.num_experts_per_tok)
+        self.routes = torch.zeros(shape, dtype=torch.int16, device=device) if sparse > 0 else None
+        self.experts = config.n_routed_experts
+
+    def copy(self, old: int, new: int) -> None:
+        for tensor in (self.pool, self.routes):
+            if tensor is not None:
+                tensor[:, new] = tensor[:, old]
+
+    def routed(self, blocks: Sequence[int], computed: int, tokens: int) -> np.ndarray | None:
+        """The experts of a row's tokens, [tokens, M, K], E behind those that were computed; None where nothing is recorded."""
+        if self.routes is None:
+            return None
+        found = self.routes[:, list(blocks)].flatten(1, 2)[:, :computed].transpose(0, 1).cpu().numpy()
+        out = np.full((tokens, *found.shape[1:]), self.experts, np.uint8 if self.experts < 256 else np.int16)
+        out[: len(found)] = found
+        return out
+
+
 class Batch:
     """One step: n tokens of r rows, each of which sees its own row's positions up to its own. Attention first stores all n entries of a
     layer, then reads them through the rows' tables: tokens of one row may see each other, and rows may share blocks."""
 
-    def __init__(self, pool: Tensor, tables_rW: np.ndarray, starts_r: Sequence[int], counts_r: Sequence[int]):
-        """pool [L, blocks, BLOCK, C]; row i brings counts_r[i] tokens, the first at position starts_r[i]; rows one after the other."""
-        self.pool, there = pool, pool.device
+    def __init__(self, pool: Tensor, tables_rW: np.ndarray, starts_r: Sequence[int], counts_r: Sequence[int], routes: Tensor | None = None):
+        """pool, routes: of a Store; row i brings counts_r[i] tokens, the first at position starts_r[i]; rows one after the other."""
+        self.pool, self.routes, there = pool, routes, pool.device
         self.starts, self.counts = np.asarray(starts_r), np.asarray(counts_r)
         self.offsets = self.counts.cumsum() - self.counts
         row_n = np.repeat(np.arange(len(self.counts)), self.counts)
@@ -65,6 +91,11 @@ class Batch:
     def append(self, layer: int, entries_nC: Tensor) -> None:
         """Store the step's entries of a layer."""
         self.pool[layer].view(-1, self.pool.shape[-1])[self.slot_n] = entries_nC
+
+    def routed(self, layer: int, chosen_nK: Tensor) -> None:
+        """Note a layer's experts; not those of an MTP module, which comes behind the others."""
+        if self.routes is not None and layer < len(self.routes):
+            self.routes[layer].view(-1, self.routes.shape[-1])[self.slot_n] = chosen_nK.to(torch.int16)
 
     def entries(self, layer: int, part: Part) -> Tensor:
         """All entries of a part's rows, [P, S, C]."""

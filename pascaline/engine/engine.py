@@ -15,7 +15,7 @@ from torch import Tensor
 from pascaline.device import choose, free_memory
 from pascaline.engine import cache
 from pascaline.engine.blocks import BLOCK, Blocks
-from pascaline.engine.cache import Batch, batch_width, one_row_kernels
+from pascaline.engine.cache import Batch, Store, batch_width, one_row_kernels
 from pascaline.engine.intake import Intake, Prompt
 from pascaline.engine.request import Output, Request, Top
 from pascaline.engine.sampler import Sampling, draw
@@ -42,10 +42,11 @@ class Engine:
         max_batch_tokens: int = 2048,
         prefix_reuse: bool = True,
         speculate: bool = False,
+        record_routes: bool = False,
     ):
         """max_rows: answers that run at once. cache_memory: bytes of cache; None: what max_rows whole contexts need, but at most a quarter
         of the free memory. max_batch_tokens: of one step. speculate: with the MTP module, where it pays; that goes by the clock, so that
-        log-probabilities may differ in their last digits from run to run."""
+        log-probabilities may differ in their last digits from run to run. record_routes: every Output tells which experts were used."""
         if not isinstance(model, Model):
             tokenizer = tokenizer or Tokenizer.load(model)
             model = hf.load(model, dtype, choose(device))
@@ -58,7 +59,8 @@ class Engine:
         self.speculation = Speculation(model) if speculate and model.config.num_nextn_predict_layers else None
         self._stats = Stats()
         self.paused = False
-        self._pool: Tensor | None = None
+        self._store: Store | None = None
+        self._record_routes = record_routes
         self._blocks = Blocks(self._total_blocks(cache_memory))
         self._intake = Intake(model.config, tokenizer, self.capacity, self.bytes_per_token())
         self.scheduler = Scheduler(self._blocks, self.max_rows, max_batch_tokens, prefix_reuse)
@@ -165,7 +167,7 @@ class Engine:
     def release(self) -> None:
         """Give the cache's memory back until the next step; everything cached is forgotten."""
         self.update_weights()
-        self._pool = None
+        self._store = None
 
     @property
     def capacity(self) -> int:
@@ -205,10 +207,10 @@ class Engine:
         return touched
 
     def _compute(self, plan: list[tuple[Request, int]]) -> list[Request]:
-        pool = self._storage()
+        store = self._storage()
         for old, new in self.scheduler.copies:
-            pool[:, new] = pool[:, old]
-        batch, tokens_n = self._batch(pool, plan)
+            store.copy(old, new)
+        batch, tokens_n = self._batch(store, plan)
         with one_row_kernels(len(tokens_n)):
             hidden, _ = self.model.hidden(tokens_n[None], batch.position_n[None], cache=batch)
             self._prompt_logprobs(plan, batch, hidden[0])
@@ -225,13 +227,14 @@ class Engine:
                     request.draft = []
         return list(dict.fromkeys([*(r for r, _, _ in places), *(r for r, _ in plan if r.output is not None)]))
 
-    def _batch(self, pool: Tensor, plan: list[tuple[Request, int]]) -> tuple[Batch, Tensor]:
+    def _batch(self, store: Store, plan: list[tuple[Request, int]]) -> tuple[Batch, Tensor]:
         ids = [t for request, count in plan for t in request.tokens(request.computed, request.computed + count)]
         idle = 0 if native.library() else batch_width(len(ids)) - len(ids)  # rows that write to block 0
         tables = np.zeros((len(plan) + idle, self.scheduler.tables.shape[1]), np.int32)
         tables[: len(plan)] = self.scheduler.tables[[request.row for request, _ in plan]]
         starts, counts = [request.computed for request, _ in plan], [count for _, count in plan]
-        return Batch(pool, tables, starts + [0] * idle, counts + [1] * idle), torch.tensor(ids + [0] * idle, device=pool.device)
+        batch = Batch(store.pool, tables, starts + [0] * idle, counts + [1] * idle, store.routes)
+        return batch, torch.tensor(ids + [0] * idle, device=store.pool.device)
 
     def _places(self, plan: list[tuple[Request, int]], batch: Batch) -> list[tuple[Request, int, int]]:
         """Who gets a token: the request, whose logits (an index among the step's tokens), and after how many guesses."""
@@ -325,12 +328,14 @@ class Engine:
     # ---- ends --------------------------------------------------------------------------------------------------------
 
     def _end(self, request: Request, reason: str, error: str | None = None) -> None:
+        routes = None
         if request.row >= 0:
+            routes = self._storage().routed(request.blocks, min(request.computed, request.known - 1), request.known)
             self.scheduler.name(request, request.computed)
             self.scheduler.leave(request)
         request.finish_reason, request.error, request.finished = reason, error, time.monotonic()
         ids = request.token_ids
-        out = Output(ids, request.logprobs, reason, top_logprobs=request.top_logprobs)
+        out = Output(ids, request.logprobs, reason, top_logprobs=request.top_logprobs, routes=routes)
         if request.transcript is not None:
             request.transcript.finish()
             out.reasoning, out.text = request.transcript.reasoning, request.transcript.text
@@ -346,7 +351,7 @@ class Engine:
         self._blocks.forget(blocks)
         request.named = len(blocks)
         self._end(request, "error", "the model gave no numbers for this answer")
-        self._storage()[:, [b for b in blocks if not self._blocks.references[b]]] = 0.0
+        self._storage().pool[:, [b for b in blocks if not self._blocks.references[b]]] = 0.0
 
     def _cancel_all(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -367,13 +372,11 @@ class Engine:
             raise BadInput(f"cache_memory = {memory:,} bytes is too little: the smallest cache, of {BLOCK} tokens, takes {2 * block:,}.")
         return memory // block
 
-    def _storage(self) -> Tensor:
-        """[L, blocks, BLOCK, C]. Zeros, for masked positions must hold numbers (0 * nan is nan); on the CPU memory is touched when it is
-        used first."""
-        if self._pool is None:
-            c, m = self.model.config, self.model
-            self._pool = torch.zeros(self._layers, self._blocks.total, BLOCK, c.cache_width, dtype=m.dtype, device=m.device)
-        return self._pool
+    def _storage(self) -> Store:
+        if self._store is None:
+            m, total = self.model, self._blocks.total
+            self._store = Store(m.config, self._layers, total, m.dtype, m.device, self._record_routes)
+        return self._store
 
     def _fingerprint(self) -> int:
         """Changes when a weight is written to or replaced (but for writes that autograd does not see: say update_weights)."""

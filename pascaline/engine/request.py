@@ -23,7 +23,8 @@ Top = list[tuple[int, float]]  # (token id, log-probability), the most likely fi
 class Output:
     """One answer. reasoning is what stands before </think>, text what stands after (Tokenizer.thought); a thought that was never closed
     leaves text empty. finish_reason: "stop" (an end token or a stop string), "length", "cancelled" or "error". logprobs are the model's
-    own (temperature 1, nothing cut off), one a token."""
+    own (temperature 1, nothing cut off), one a token. routes, of an engine that records them: the K experts that each of the M layers with
+    experts used for each token of prompt and answer, [t, M, K]; E, the number of experts, for the last one, which was never computed."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -31,6 +32,12 @@ class Output:
     text: str = ""
     reasoning: str | None = None
     top_logprobs: list[Top] = field(default_factory=list)
+    routes: np.ndarray | None = field(default=None, repr=False, compare=False, kw_only=True)
+
+    @property
+    def record(self) -> dict[str, np.ndarray]:
+        """The stream of a document, prompt and answer, that holds the routes, if there are any."""
+        return {} if self.routes is None else {"routes": self.routes}
 
 
 @dataclass(eq=False)

@@ -69,6 +69,10 @@ class Cache(Protocol):
         """Everything stored of a part's rows, [P, S, C]."""
         ...
 
+    def routed(self, layer: int, chosen_nK: Tensor) -> None:
+        """Note the experts that the layer, number so and so of those with experts, chose for the new tokens, if that is wanted."""
+        ...
+
 
 def by_parts(cache: Cache, queries_1n: Sequence[Tensor], attend_part: Callable[[Part, list[Tensor]], Tensor], width: int) -> Tensor:
     """Attention part by part: queries [1, n, ...] dealt out as [P, T, ...], results [P, T, width] put together as [1, n, width]."""

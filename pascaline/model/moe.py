@@ -43,9 +43,9 @@ class Routing(NamedTuple):
         return one.new_zeros(self.logits.shape[-1]).scatter_add_(0, self.chosen.flatten(), one.flatten())  # no wait for the device
 
     def differs(self, chosen_nK: Tensor) -> Tensor:
-        """Where, [n], the router's own choice is another set of experts than these."""
+        """Where, [n], the router's own choice is another set of experts than these; not where they are free (E)."""
         own = self.chosen if self.own is None else self.own
-        return (own.sort(-1).values != chosen_nK.sort(-1).values).any(-1)
+        return (own.sort(-1).values != chosen_nK.sort(-1).values).any(-1) & (chosen_nK < self.logits.shape[-1]).all(-1)
 
 
 class Router(nn.Module):
@@ -60,7 +60,7 @@ class Router(nn.Module):
 
     def forward(self, x_nD: Tensor, given_nK: Tensor | None = None) -> tuple[Tensor, Routing]:
         """[n, D] -> weights [n, K] float32, and what was chosen. given_nK: the experts to use in place of its choice (router replay,
-        arXiv 2510.11370); their weights come from the scores all the same."""
+        arXiv 2510.11370), E where it is free; their weights come from the scores all the same."""
         c = self.config
         logits_nE = F.linear(x_nD.float(), self.weight.float())
         scores_nE = logits_nE.sigmoid()
@@ -72,7 +72,7 @@ class Router(nn.Module):
             # -inf, not 0: a biased score may be negative, and a closed group must still lose to it.
             choice_nE = grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
         own_nK = choice_nE.topk(c.num_experts_per_tok, -1, sorted=False).indices
-        index_nK = own_nK if given_nK is None else given_nK
+        index_nK = own_nK if given_nK is None else torch.where(given_nK < c.n_routed_experts, given_nK, own_nK)
         weight_nK = scores_nE.gather(1, index_nK)
         if c.norm_topk_prob:
             weight_nK = weight_nK / (weight_nK.sum(-1, keepdim=True) + 1e-20)

@@ -58,6 +58,8 @@ class Block(nn.Module):
             return x_BTD + self.mlp(normed), None
         given = None if view.routes_BTLK is None else view.routes_BTLK[:, :, self.expert_layer]
         y, routing = self.mlp(normed, view.real_BT, given)
+        if view.cache is not None:
+            view.cache.routed(self.expert_layer, routing.chosen)
         return x_BTD + y, routing
 
 

@@ -175,7 +175,7 @@ def report_sample(report: Report, advantage: float) -> Sample:
     streams["report"][-n:] = 1.0
     streams["advantage"][-n:] = advantage
     streams["old_logprob"][-n:] = report.output.logprobs
-    return Sample(np.array(report.transcript + report.output.token_ids), streams)
+    return Sample(np.array(report.transcript + report.output.token_ids), streams | report.output.record)
 
 
 def facts(reports: Sequence[Report], right: np.ndarray) -> dict[str, float]:

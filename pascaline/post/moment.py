@@ -6,11 +6,9 @@ On one engine its log-probabilities are the engine's (Law 1: within 1e-4 in floa
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pascaline.data.batch import Batch
 from pascaline.errors import BadInput
-from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
 from pascaline.post.reference import logprobs
 from pascaline.tables import Rl
@@ -20,47 +18,38 @@ from pascaline.train.policy import corrected
 class Moment:
     """Puts what `rl` asks for into a rollout's batches. With tis the ratio is to the trainer's own log-probabilities (`old_logprob`), the
     engine's stand in `engine_logprob`, and the advantages are multiplied by the truncated weights, for every surrogate is linear in
-    them; with mask_low or mask_high the advantage is 0 where the two are too far apart. With replay or watch_routing the experts that each
-    layer chose are recorded in `routes` [B, T, L, K]. facts: of the last rollout."""
+    them; with mask_low or mask_high the advantage is 0 where the two are too far apart. With replay the experts are those of `routes`,
+    which the engine has used. facts: of the last rollout."""
 
     def __init__(self, model: Model, rl: Rl):
         self.model, self.rl = model, rl
         self.facts: dict[str, Any] = {}
-        self.weighs = bool(rl.tis or rl.mask_low or rl.mask_high)
-        self.records = rl.replay or rl.watch_routing
         config = model.config
-        if self.records and not (config.n_routed_experts and config.first_k_dense_replace < config.num_hidden_layers):
+        if (rl.replay or rl.watch_routing) and not (config.n_routed_experts and config.first_k_dense_replace < config.num_hidden_layers):
             raise BadInput("rl.replay and rl.watch_routing are about the routers of a mixture of experts, and this model has none.")
 
     @property
     def wanted(self) -> bool:
         """Whether a forward is asked for at all."""
-        return self.weighs or self.records
+        return bool(self.rl.tis or self.rl.mask_low or self.rl.mask_high)
 
     def seen(self, batches: list[Batch]) -> list[Batch]:
         found, gaps, weights = [], [], []
         for batch in batches:
-            own, routings = logprobs(self.model, batch)
+            own = logprobs(self.model, batch, self.rl.replay)
             streams = dict(batch.streams)
             sampled = streams["rl"].ne(0)
             gaps.append((own - streams["old_logprob"])[sampled].abs())
-            if self.weighs:
-                weight = corrected(own, streams["old_logprob"], self.rl.tis, self.rl.mask_low, self.rl.mask_high)
-                weights.append(weight[sampled])
-                streams["advantage"] = streams["advantage"] * weight
+            weight = corrected(own, streams["old_logprob"], self.rl.tis, self.rl.mask_low, self.rl.mask_high)
+            weights.append(weight[sampled])
+            streams["advantage"] = streams["advantage"] * weight
             if self.rl.tis:
                 streams |= {"engine_logprob": streams["old_logprob"], "old_logprob": own}
-            if self.records:
-                streams["routes"] = _routes(routings, batch, self.model.config.n_routed_experts)
             found.append(Batch(batch.tokens, batch.positions, batch.document_ids, streams))
-        self.facts = {"engine_gap": float(torch.cat(gaps).max())} if gaps else {}
-        if weights:
+        if gaps:
             each = torch.cat(weights)
-            self.facts |= {"tis_weight": float(each.mean()), "masked": float((each == 0).float().mean())}
+            self.facts = {"engine_gap": float(torch.cat(gaps).max()), "tis_weight": float(each.mean())}
+            self.facts |= {"masked": float((each == 0).float().mean())}
+        else:
+            self.facts = {}
         return found
-
-
-def _routes(routings: list[Routing], batch: Batch, experts: int) -> Tensor:
-    """The experts that were chosen, [B, T, L, K], where the batch is."""
-    chosen = torch.stack([routing.chosen.view(*batch.tokens.shape, -1) for routing in routings], 2)
-    return chosen.to(batch.tokens.device, torch.uint8 if experts <= 256 else torch.int16)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pascaline.data.batch import Batch
 from pascaline.model import hf
-from pascaline.model.moe import Routing
 from pascaline.model.transformer import Model
 from pascaline.train.losses import token_logprobs
 
@@ -32,7 +31,7 @@ class Reference:
         self._at(step)
         found = []
         for batch in batches:
-            ref, _ = logprobs(self.model, batch)
+            ref = logprobs(self.model, batch)
             streams = {**batch.streams, "kl": batch.streams["rl"], "ref_logprob": ref}
             found.append(Batch(batch.tokens, batch.positions, batch.document_ids, streams))
         return found
@@ -53,11 +52,13 @@ class Reference:
 
 
 @torch.no_grad()
-def logprobs(model: Model, batch: Batch) -> tuple[Tensor, list[Routing]]:
-    """The model's log-probability of every token that carries `rl`, 0 elsewhere, [B, T] where the batch is; and how its layers routed."""
+def logprobs(model: Model, batch: Batch, replay: bool = False) -> Tensor:
+    """The model's log-probability of every token that carries `rl`, 0 elsewhere, [B, T] where the batch is. replay: by the experts of the
+    record `routes`, not of its routers' choice."""
     here = batch.to(model.device)
-    hidden, routings = model.hidden(here.tokens, here.positions, here.document_ids)
+    given = here.streams["routes"] if replay else None
+    hidden, _ = model.hidden(here.tokens, here.positions, here.document_ids, routes_BTLK=given)
     own, *_ = token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, here.tokens[:, 1:].flatten())
     found = torch.zeros_like(batch.streams["rl"])
     found[:, 1:] = own.view(len(found), -1).to(found.device)
-    return found * batch.streams["rl"].ne(0), routings
+    return found * batch.streams["rl"].ne(0)

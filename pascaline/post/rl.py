@@ -27,7 +27,8 @@ def rl(run: Run, name: str) -> dict[str, Any]:
     back = -(-stage.save_every * (stage.keep_last + 1) // (stage.minibatches * stage.epochs))  # in rollouts, as the reference counts
     reference = Reference(model, start, run.folder(name) / "reference", stage.reference_every, back) if stage.kl else None
     tokenizer = run.tokenizer()
-    rollouts = Rollouts(Engine(model, tokenizer), stage, run.recipe.puzzles, run.recipe.seed, reference, name)
+    engine = Engine(model, tokenizer, record_routes=stage.replay or stage.watch_routing)
+    rollouts = Rollouts(engine, stage, run.recipe.puzzles, run.recipe.seed, reference, name)
     judges = [reward for reward in stage.rewards if reward in run.recipe.chain and run.recipe.judges(reward)]
     rollouts.judges = {judge: RewardModel.load(run.folder(judge), device=run.device) for judge in judges}
     rollouts.traces = Traces(run.folder(name) / TRACES, stage.steps)

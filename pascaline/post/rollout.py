@@ -204,4 +204,4 @@ def rl_sample(prompt: list[int], output: Output, advantage: float, weight: float
     said = np.concatenate([np.full(len(s.ids), s.logprobs is not None, np.float32) for s in segments])
     logprobs = [p for s in segments for p in (s.logprobs if s.logprobs is not None else [0.0] * len(s.ids))]
     streams = {"rl": said * np.float32(weight), "advantage": said * np.float32(advantage), "old_logprob": np.array(logprobs, np.float32)}
-    return Sample(np.array([token for s in segments for token in s.ids]), streams)
+    return Sample(np.array([token for s in segments for token in s.ids]), streams | output.record)

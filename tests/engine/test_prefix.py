@@ -123,7 +123,7 @@ def test_flush_pause_resume_release(model):
     drain(engine)
     assert request.cached_tokens == 0 and len(request.token_ids) == 6
     engine.release()
-    assert engine._pool is None and engine.generate([prompt], GREEDY)[0][0].token_ids == request.token_ids
+    assert engine._store is None and engine.generate([prompt], GREEDY)[0][0].token_ids == request.token_ids
 
 
 # ---- n > 1 -----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""Router replay: the experts of the rollout's moment are used again, and the share of those that would be chosen otherwise is told."""
+"""Router replay: the experts of the rollout are used again, and the share of those that would be chosen otherwise is told."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model, with_routes
 
 from pascaline.data.batch import Batch, Sample, batches, collate
 from pascaline.errors import BadInput
@@ -13,6 +13,7 @@ from pascaline.model.moe import MoE, Router
 from pascaline.model.transformer import Model
 from pascaline.post.minibatches import documents, store, stored
 from pascaline.post.moment import Moment
+from pascaline.post.reference import logprobs
 from pascaline.tables import Rl
 from pascaline.train.losses import Loss, compute, totals
 from pascaline.train.policy import Policy
@@ -29,8 +30,8 @@ def rollout(seed: int = 0) -> list[Batch]:
     return batches(samples, 16, 2, 0)
 
 
-def recorded(model: Model, **keys) -> list[Batch]:
-    return Moment(model, Rl(**{"replay": True, **keys})).seen(rollout())
+def recorded(model: Model) -> list[Batch]:
+    return with_routes(model, rollout())
 
 
 @torch.no_grad()
@@ -99,6 +100,10 @@ def test_the_weights_of_given_experts_come_from_the_scores_with_gradient() -> No
     expected = scores / scores.sum(1, keepdim=True) * router.config.routed_scaling_factor
     assert torch.allclose(weight, expected) and torch.equal(routing.chosen, given)
     assert torch.equal(routing.own, router(x)[1].chosen)
+    free = given.clone()
+    free[2] = 8  # no record: its own choice, with which it never disagrees
+    assert torch.equal(router(x, free)[1].chosen[2], routing.own[2]) and torch.equal(router(x, free)[1].chosen[3], given[3])
+    assert not routing.differs(free)[2]
     (weight[:, 0] * torch.arange(5)).sum().backward()
     gradient = router.weight.grad.clone()
     router.weight.grad = None
@@ -150,8 +155,16 @@ def test_a_dense_model_has_nothing_to_replay() -> None:
             Moment(tiny_model(model_type="qwen3", num_key_value_heads=1, head_dim=8), Rl(**keys))
 
 
-def test_nothing_is_recorded_unless_asked_for() -> None:
-    model = tiny_model()
-    assert not Moment(model, Rl()).wanted and Moment(model, Rl(watch_routing=True)).wanted
-    assert "routes" not in recorded(model, replay=False, tis=2.0)[0].streams
-    assert "rerouted" not in compute(model, rollout()[0], totals(rollout()), FREE)[1]
+def test_a_forward_before_the_first_minibatch_uses_the_record_too() -> None:
+    """Where the record is another than the router's choice, the weights of tis are those of the record."""
+    model = tiny_model(**LAYERS)
+    other = [Batch(b.tokens, b.positions, b.document_ids, {**b.streams, "routes": (b.streams["routes"] + 1) % 8}) for b in recorded(model)]
+    keys = {"tis": 2.0, "replay": True}
+    (own, *_), (free, *_) = (Moment(model, Rl(**{**keys, "replay": replay})).seen(other) for replay in (True, False))
+    assert torch.equal(own.streams["old_logprob"], logprobs(model, other[0], replay=True))
+    assert not torch.allclose(own.streams["old_logprob"], free.streams["old_logprob"], atol=1e-3)
+
+
+def test_nothing_is_told_without_a_record() -> None:
+    assert not Moment(tiny_model(), Rl(replay=True)).wanted
+    assert "rerouted" not in compute(tiny_model(), rollout()[0], totals(rollout()), FREE)[1]

@@ -12,7 +12,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from tiny import CLOCK, tiny_model
+from tiny import CLOCK, tiny_model, with_routes
 
 from pascaline.data.batch import Batch, Sample, batches
 from pascaline.errors import BadInput
@@ -36,8 +36,8 @@ ROW, MANY = 24, 10
 class Fake:
     """Rollouts that depend on their number and the weights of the moment, as real ones do: MANY answers of 2 to 9 tokens."""
 
-    def __init__(self, model: Model, crash: int = -1, most: int = MANY):
-        self.model, self.crash, self.most, self.asked, self.facts = model, crash, most, list[int](), dict[str, Any]()
+    def __init__(self, model: Model, most: int = MANY, record: bool = False):
+        self.model, self.most, self.record, self.asked, self.facts = model, most, record, list[int](), dict[str, Any]()
 
     def step(self, step: int) -> list[Batch]:
         self.asked.append(step)
@@ -49,7 +49,8 @@ class Fake:
             advantage = np.float32(draw.normal() + moment)
             samples.append(Sample(tokens, {"rl": ones, "advantage": ones * advantage, "old_logprob": ones * -3}))
         self.facts = {"reward": moment, "rollout_flops": 7.0}
-        return batches(samples, ROW, 2, 0)
+        found = batches(samples, ROW, 2, 0)
+        return with_routes(self.model, found) if self.record else found
 
     def documents(self, step: int) -> list[Any]:
         return []
@@ -87,7 +88,7 @@ def table(**changes: Any) -> Rl:
 
 def start(folder: Path, crash: int = -1, act: Any = None, **changes: Any) -> tuple[Trainer, Crashing, Fake]:
     keys, model = table(**changes), tiny_model()
-    source = Fake(model)
+    source = Fake(model, record=keys.replay)
     minibatches = (act or Crashing)(source, keys, folder, 5, 0, moment=Moment(model, keys))
     minibatches.crash = crash
     return Trainer(model, keys, Loss(policy=Policy(replay=keys.replay)), folder, "toy", torch.float32), minibatches, source
@@ -205,7 +206,7 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout_with_the_same_bits(straight: P
 
 
 def test_the_trainers_own_view_of_the_rollout_is_kept_too(tmp_path: Path) -> None:
-    """What a forward with the weights of the rollout's moment said, its log-probabilities and experts, cannot be computed again later."""
+    """What a forward with the weights of the rollout's moment said cannot be computed again later, nor the experts that the engine used."""
     keys = {"tis": 2.0, "replay": True}
     finish(tmp_path / "whole", 12, **keys)
     trainer, source, _ = start(tmp_path / "stopped", 10, **keys)

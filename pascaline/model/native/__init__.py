@@ -38,6 +38,7 @@ class Pages(Protocol):
     row_n: Tensor  # int32
     position_n: Tensor  # int64
     slot_n: Tensor  # int64
+    routes: Tensor | None  # [M, blocks, 16, K] int16: where the M layers with experts note those that they chose
 
 
 def start() -> None:
@@ -160,10 +161,12 @@ def blocks(layers: Sequence[nn.Module], x_1nD: Tensor, turn: Tensor, cache: Any)
     pages: Pages = cache
     out, pool = torch.empty_like(x_1nD), pages.pool
     stride = pool.stride(0) * pool.element_size()
+    first = max(plan.layer - plan.config.first_k_dense_replace, 0)  # of the layers with experts
+    routes = None if pages.routes is None or first >= len(pages.routes) else pages.routes[first]  # none of an MTP module
     step = Step(
-        x_1nD.shape[1], torch.get_num_threads(), pages.tables_rW.shape[1], x_1nD.data_ptr(), turn.data_ptr(), out.data_ptr(),
-        pool.data_ptr() + plan.layer * stride, pages.tables_rW.data_ptr(), pages.row_n.data_ptr(), pages.position_n.data_ptr(),
-        pages.slot_n.data_ptr(),
+        x_1nD.shape[1], torch.get_num_threads(), pages.tables_rW.shape[1], 0 if routes is None else routes.numel(), x_1nD.data_ptr(),
+        turn.data_ptr(), out.data_ptr(), pool.data_ptr() + plan.layer * stride, pages.tables_rW.data_ptr(), pages.row_n.data_ptr(),
+        pages.position_n.data_ptr(), pages.slot_n.data_ptr(), None if routes is None else routes.data_ptr(),
     )  # fmt: skip
     run = kernels.blocks_float32 if plan.dtype is torch.float32 else kernels.blocks_bfloat16
     run(len(layers), plan.shapes, plan.weights, ctypes.addressof(step), stride)

@@ -15,11 +15,12 @@ struct Weights {  // null: there is none
     const void *experts_gate_up, *experts_down;
 };
 struct Step {
-    i64 n, threads, table_width;
+    i64 n, threads, table_width, routes_stride;
     const void *x, *turn;  // [n, D]; complex [n, P / 2]
     void *out, *entries;   // [n, D]; this layer's pool
     const int32_t *tables, *row;
     const i64 *position, *slot;
+    int16_t* routes;  // where the first layer with experts notes those that it chose, by slot, the next `routes_stride` behind it; or null
 };
 
 // Lanes k.. of v, plus those of a bias where there is one.
@@ -199,7 +200,7 @@ struct Block {
     void feed_forward() {
         T* out = (T*)t.out;
         if (s.experts) {
-            experts.forward(x1, (const T*)w.post_norm, float(s.eps), (const T*)w.gate_up, (const T*)w.down, out, n);
+            experts.forward(x1, (const T*)w.post_norm, float(s.eps), (const T*)w.gate_up, (const T*)w.down, out, n, t.slot, t.routes);
             return;
         }
 #pragma omp for schedule(static)
@@ -231,6 +232,7 @@ static void run_blocks(i64 count, const Shape* const* shapes, const Weights* con
         block.forward();
         t.x = t.out;
         t.entries = (char*)t.entries + stride;
+        if (t.routes && shapes[i]->experts) t.routes += t.routes_stride;
     }
 }
 

@@ -102,15 +102,21 @@ struct Experts {
         segments = arena.take<Segment>(E + n * K / CHUNK + n / CHUNK + 1);
     }
 
-    // out = x + the chosen experts, weighted, + the shared one, of norm(x); all [n, D].
-    void forward(const float* x, const T* norm, float eps, const T* shared_gate_up, const T* shared_down, T* out, i64 n) {
+    // out = x + the chosen experts, weighted, + the shared one, of norm(x); all [n, D]. routes, unless null, gets the chosen of token i
+    // at K slot[i].
+    void forward(const float* x, const T* norm, float eps, const T* shared_gate_up, const T* shared_down, T* out, i64 n, const i64* slot,
+                 int16_t* routes) {
         for (i64 first = 0; first < n; first += TOGETHER)
-            some(x + first * D, norm, eps, shared_gate_up, shared_down, out + first * D, least(TOGETHER, n - first));
+            some(x + first * D, norm, eps, shared_gate_up, shared_down, out + first * D, least(TOGETHER, n - first), slot + first, routes);
     }
 
-    void some(const float* x, const T* norm, float eps, const T* shared_gate_up, const T* shared_down, T* out, i64 n) {
+    void some(const float* x, const T* norm, float eps, const T* shared_gate_up, const T* shared_down, T* out, i64 n, const i64* slot,
+              int16_t* routes) {
 #pragma omp for schedule(dynamic, 1)
-        for (i64 i = 0; i < parts(n, 4); i++) route(x, norm, eps, 4 * i, least(4, n - 4 * i));
+        for (i64 i = 0; i < parts(n, 4); i++) {
+            route(x, norm, eps, 4 * i, least(4, n - 4 * i));
+            for (i64 p = 4 * i * K; routes && p < least(4 * (i + 1), n) * K; p++) routes[slot[p / K] * K + p % K] = int16_t(chosen[p]);
+        }
 #pragma omp single
         sort(n);
         const i64 wide = parts(width > shared_width ? width : shared_width, GATES);

@@ -46,8 +46,8 @@ class Weights(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n", "threads", "table_width")),
-        *((name, ctypes.c_void_p) for name in ("x", "turn", "out", "entries", "tables", "row", "position", "slot")),
+        *((name, ctypes.c_int64) for name in ("n", "threads", "table_width", "routes_stride")),
+        *((name, ctypes.c_void_p) for name in ("x", "turn", "out", "entries", "tables", "row", "position", "slot", "routes")),
     ]
 
 

@@ -111,6 +111,7 @@ class _Player:
         self.turn, self.most = 0, getattr(environment, "turns", TURNS)
         self.said, self.over, self.trouble = "", "", ""  # over: the finish reason, once there is one
         self.reasoning: str | None = None
+        self.routes: np.ndarray | None = None
         self.verdict: Verdict | None = None
 
     def sampling(self) -> Sampling:
@@ -126,6 +127,7 @@ class _Player:
         thought = {} if self.reasoning is None else {"reasoning_content": self.reasoning}
         self.messages.append({"role": "assistant", **thought, "content": self.said})
         self._add(Segment(output.token_ids, output.logprobs))
+        self.routes = output.routes
         if output.finish_reason != "stop" or (self.reasoning is not None and not self.said):
             self.over = output.finish_reason
 
@@ -157,7 +159,7 @@ class _Player:
         said = [(segment.ids, segment.logprobs) for segment in self.segments if segment.logprobs is not None]
         ids, logprobs = [t for part, _ in said for t in part], [p for _, part in said for p in part]
         told = (self.prompt, self.messages, self.verdict, self.trouble)
-        return Episode(ids, logprobs, self.over, self.said, self.reasoning, [], self.segments, self.turn, *told)
+        return Episode(ids, logprobs, self.over, self.said, self.reasoning, [], self.segments, self.turn, *told, routes=self.routes)
 
 
 def _verdict(environment: Environment, problem: Problem, answer: str) -> Verdict | None:
