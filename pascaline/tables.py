@@ -229,8 +229,8 @@ class Rl(Stage):
 
     tis: cap of the weight trainer over engine that each token's loss is multiplied by, 0: no weight; mask_low, mask_high: a token with a
     weight outside of them teaches nothing, 0: no such end; stale: an answer with a negative advantage whose tokens have become less
-    probable by more than so many nats, in their mean, teaches nothing, 0: all do. replay: the experts chosen at the rollout's moment are
-    used in its optimizer steps too; watch_routing: only tell how many the routers would choose otherwise.
+    probable by more than so many nats, in their mean, teaches nothing, 0: all do. replay: the experts that the engine used for a token
+    are used in the optimizer steps too; watch_routing: only tell how many the routers would choose otherwise.
 
     mtp, mtp_until and mtp_final: the MTP modules, if the model has any, learn the sampled tokens by themselves, so that their drafts
     keep up with the policy; 0 leaves them as they are. confession: a table [rl.confession], if the model is to report on its answers."""

@@ -107,6 +107,18 @@ def test_a_transcript_holds_what_was_sampled_and_only_encodes_what_was_given(tok
     assert not sample.streams["old_logprob"][~weight].any()
 
 
+def test_the_experts_of_every_turn_are_recorded(tokenizer: Tokenizer, forced: Any) -> None:
+    """Those of the last turn's answer are the transcript's: earlier turns lie in the cache, and what was given is computed there too."""
+    engine = forced(turn(tokenizer, f"{OPEN}12*7{CLOSE}"), turn(tokenizer, "84", tokenizer.end_of_turn))
+    engine._record_routes = True
+    played = play_one(engine)
+    ids = [token for segment in played.segments for token in segment.ids]
+    _, routings = engine.model.hidden(torch.tensor([ids[:-1]]))
+    assert played.turns == 2 and played.routes is not None and len(played.routes) == len(ids)
+    assert np.array_equal(np.sort(played.routes[:-1, 0], -1), routings[0].chosen.sort(-1).values.numpy())
+    assert np.array_equal(rl_sample(played.segments[0].ids, played, 1.0).streams["routes"], played.routes)
+
+
 def test_the_cache_holds_the_turns_before(tokenizer: Tokenizer, forced: Any) -> None:
     engine = forced(turn(tokenizer, "<tool>3+4</tool>"), turn(tokenizer, "7", tokenizer.end))
     episode = play_one(engine)
