@@ -65,10 +65,14 @@ class Recipe(Table):
         return found if len(found) < len(named) else ()
 
     @property
+    def graded(self) -> tuple[str, ...]:
+        """The evaluation's puzzles at which attempts can be graded: those whose grade:PUZZLE is in the recipe."""
+        return tuple(name for name in self.eval.puzzles if GRADE + name in self.puzzles)
+
+    @property
     def attempts(self) -> tuple[str, ...]:
-        """The puzzles grade:PUZZLE that graders are measured on: those whose PUZZLE is one of the evaluation's."""
-        mine = [name for name in self.puzzles if name.startswith(GRADE) and name.removeprefix(GRADE) in self.eval.puzzles]
-        return tuple(mine) if self.graders else ()
+        """The puzzles grade:PUZZLE that graders are measured on."""
+        return tuple(GRADE + name for name in self.graded) if self.graders else ()
 
     def judges(self, stage: str) -> bool:
         """Whether its model gives scores instead of words."""

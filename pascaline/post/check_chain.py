@@ -4,7 +4,6 @@ from collections import deque
 from pathlib import Path
 
 from pascaline.data import chats, pairs
-from pascaline.data.puzzles import grade
 from pascaline.data.puzzles.families import Family
 from pascaline.errors import BadInput, nearest
 from pascaline.post import environments, verifiers
@@ -49,10 +48,10 @@ def _check_grader(recipe: Recipe) -> None:
         raise BadInput(f"eval.grader = '{name}' is no stage whose model answers chats ({', '.join(known)}){nearest(name, known) or '.'}")
     if recipe.plain(name):
         raise BadInput(f"eval.grader = '{name}' knows plain text only, and an attempt to be graded is a chat; name another stage.")
-    if not any(grade.gradable(puzzle) for puzzle in recipe.eval.puzzles):
-        listed = ", ".join(recipe.eval.puzzles)
-        raise BadInput(f"eval.grader = '{name}' has nothing to grade: attempts at {listed} cannot be checked step by step; leave it out, "
-                       "or add a puzzle that can be graded to eval.puzzles.")  # fmt: skip
+    if not recipe.graded:
+        first = recipe.eval.puzzles[0]
+        raise BadInput(f"eval.grader = '{name}' has nothing to grade: the recipe has grade:PUZZLE for none of eval.puzzles "
+                       f"({', '.join(recipe.eval.puzzles)}); leave it out, or add a table [puzzles.\"grade:{first}\"].")  # fmt: skip
 
 
 def _check_chats(recipe: Recipe, name: str) -> None:

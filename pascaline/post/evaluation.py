@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pascaline.data.puzzles import Problem, grade
+from pascaline.data.puzzles import Problem
 from pascaline.data.puzzles import plain as written
 from pascaline.engine import Engine, Sampling
 from pascaline.eval import passk, tasks
@@ -61,7 +61,7 @@ def evaluate(run: Run, name: str) -> dict[str, Any]:
             piece(model, other, partial(_protocol, problems=problems[other], sampling=sampling(plan.temperature, plan.top_p, 1), how=how))
         voting = sampling(plan.temperature, plan.top_p, plan.votes, SEED + 1)
         for i, puzzle in enumerate(plan.puzzles):
-            own = grader if grade.gradable(puzzle) and not how.acting else None  # an episode is no attempt that a grader has learnt
+            own = grader if puzzle in run.recipe.graded and not how.acting else None  # an episode is no attempt that a grader has learnt
             votes = partial(_votes, run=run, problems=problems[puzzle][: plan.vote_problems], sampling=voting, grader=own, how=how)
             piece(model, f"{puzzle}-votes" if i else "votes", votes)
     attempts = tasks.held_out(run.recipe.attempts, run.recipe.puzzles, plan.problems, SEED)

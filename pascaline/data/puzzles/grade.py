@@ -60,15 +60,6 @@ def get(name: str) -> Grade:
     return Grade(inner, _gradable(inner).LEVELS)
 
 
-def gradable(puzzle: str) -> bool:
-    """Whether attempts at this puzzle can be checked step by step; not where nobody knows a puzzle of this name."""
-    try:
-        _gradable(puzzle)
-    except BadInput:
-        return False
-    return True
-
-
 def ask(problem: Problem, thought: str, answer: str) -> Problem:
     """The problem of grading an attempt at `problem`. Its key is that of the problem, so that both are on one side of the split.
 
