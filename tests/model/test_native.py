@@ -53,7 +53,7 @@ class Rows:
         """Hidden states [n, D] of tokens, each the one at a position of a row."""
         row, position = torch.tensor(rows), torch.tensor(positions)
         slot = self.tables_rW[row, position // BLOCK].long() * BLOCK + position % BLOCK
-        cache = SimpleNamespace(pool=self.pool, tables_rW=self.tables_rW, row_n=row.int(), position_n=position, slot_n=slot, fresh=False)
+        cache = SimpleNamespace(pool=self.pool, tables_rW=self.tables_rW, row_n=row.int(), position_n=position, slot_n=slot, routes=None)
         with torch.inference_mode():
             return self.model.hidden(torch.tensor([tokens]), position[None], cache=cache)[0][0]
 
