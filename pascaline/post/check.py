@@ -19,7 +19,7 @@ from pascaline.post import verifiers
 from pascaline.post.check_chain import check_chain
 from pascaline.post.confession import turn
 from pascaline.recipe import Recipe
-from pascaline.tables import KINDS, Distil, Extend, Pretrain, Puzzle, Sft, kind
+from pascaline.tables import KINDS, Distil, Extend, Pretrain, Puzzle, Rl, Sft, kind
 from pascaline.tokenizer import BYTES, SPECIALS, Tokenizer
 
 
@@ -52,17 +52,22 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_positions(recipe: Recipe) -> None:
-    """Each stage's rows must fit into the positions of the model that it gets."""
-    positions: dict[str | None, int] = {None: model_config(recipe, recipe.tokenizer.vocab_size).max_position_embeddings}
+    """Each stage's rows must fit into the positions of the model that it gets; who replays routers must have some."""
+    shapes: dict[str | None, ModelConfig] = {None: model_config(recipe, recipe.tokenizer.vocab_size)}
+    positions: dict[str | None, int] = {None: shapes[None].max_position_embeddings}
     for name in (stage for stage in recipe.stages if kind(stage) in KINDS):
         stage = getattr(recipe, name)
-        there = positions[recipe.before(name)]
+        there, shape = positions[recipe.before(name)], shapes[recipe.before(name)]
         if name == "extend" and recipe.extend:
             _check_extend(recipe, there)
             there = recipe.extend.length
         elif getattr(stage, "model", None):
-            there = model_config(recipe, recipe.tokenizer.vocab_size, stage.model, f"{name}.model").max_position_embeddings
-        positions[name] = there
+            shape = model_config(recipe, recipe.tokenizer.vocab_size, stage.model, f"{name}.model")
+            there = shape.max_position_embeddings
+        positions[name], shapes[name] = there, shape
+        dense = not shape.n_routed_experts or shape.first_k_dense_replace >= shape.num_hidden_layers
+        if dense and isinstance(stage, Rl) and (stage.replay or stage.watch_routing):
+            raise BadInput(f"{name}.replay and {name}.watch_routing are about the routers of a mixture of experts; this model has none.")
         asked = getattr(stage, "confession", None)
         if asked and stage.max_tokens + asked.max_tokens >= there:
             raise BadInput(f"{name}.confession: an answer ({name}.max_tokens = {stage.max_tokens}) and a report on it ({asked.max_tokens}) "

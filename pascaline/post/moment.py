@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from pascaline.data.batch import Batch
-from pascaline.errors import BadInput
 from pascaline.model.transformer import Model
 from pascaline.post.reference import logprobs
 from pascaline.tables import Rl
@@ -24,9 +23,6 @@ class Moment:
     def __init__(self, model: Model, rl: Rl):
         self.model, self.rl = model, rl
         self.facts: dict[str, Any] = {}
-        config = model.config
-        if (rl.replay or rl.watch_routing) and not (config.n_routed_experts and config.first_k_dense_replace < config.num_hidden_layers):
-            raise BadInput("rl.replay and rl.watch_routing are about the routers of a mixture of experts, and this model has none.")
 
     @property
     def wanted(self) -> bool:

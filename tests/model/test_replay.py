@@ -11,9 +11,11 @@ from pascaline.data.batch import Batch, Sample, batches, collate
 from pascaline.errors import BadInput
 from pascaline.model.moe import MoE, Router
 from pascaline.model.transformer import Model
+from pascaline.post.check import check
 from pascaline.post.minibatches import documents, store, stored
 from pascaline.post.moment import Moment
 from pascaline.post.reference import logprobs
+from pascaline.recipe import load
 from pascaline.tables import Rl
 from pascaline.train.losses import Loss, compute, totals
 from pascaline.train.policy import Policy
@@ -149,10 +151,11 @@ def test_records_are_packed_with_their_tokens_and_kept_whole(tmp_path: Path) -> 
     assert again.streams["advantage"].dtype == torch.float32
 
 
-def test_a_dense_model_has_nothing_to_replay() -> None:
-    for keys in ({"replay": True}, {"watch_routing": True}):
-        with pytest.raises(BadInput, match="this model has none"):
-            Moment(tiny_model(model_type="qwen3", num_key_value_heads=1, head_dim=8), Rl(**keys))
+@pytest.mark.parametrize("key", ["replay", "watch_routing"])
+def test_a_dense_model_has_nothing_to_replay(key: str) -> None:
+    """Refused before anything runs, for a student in the middle of a chain too."""
+    with pytest.raises(BadInput, match=rf"rl-student\.{key}.*this model has none"):
+        check(load(Path(__file__).parents[2] / "recipes" / "r1.toml", {f"rl-student.{key}": True}))
 
 
 def test_a_forward_before_the_first_minibatch_uses_the_record_too() -> None:
