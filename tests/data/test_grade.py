@@ -74,7 +74,7 @@ def countdown_grade(problem: Problem, thought: str, answer: str) -> str:
     if answer == "none":
         return "none"
     read = reference(answer)
-    if read is None:
+    if read is None or any(number >= 10**9 for number in read[1]):  # no number has more than nine digits
         return "unreadable"
     if Counter(read[1]) != Counter(problem.data["numbers"]):
         return "numbers"
