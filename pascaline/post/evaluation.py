@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from pascaline.ledger import COST, Totals, cost
 from pascaline.model import hf
 from pascaline.post import environments, extension, grading, stagetable
 from pascaline.post.environments import episode
+from pascaline.post.reward import RewardModel
 from pascaline.post.stage import Run
 from pascaline.post.verifiers import judge
 from pascaline.recipe import Recipe
@@ -52,6 +53,7 @@ def evaluate(run: Run, name: str) -> dict[str, Any]:
     base = _base(run.recipe)  # of our own, it reads plain text: it meets chat tokens only in sft
     asked_once = sampling(plan.temperature, plan.top_p, 1 if base != START else plan.samples)
     piece(base, "plain", partial(_protocol, problems=main, sampling=asked_once, how=How(plain=base != START)))
+    judge = cache(partial(stagetable.judge, run))  # loaded once, when it is asked for
     grader = grading.Grader(lambda: _engine(run, plan.grader), plan.max_tokens) if plan.grader else None
     for model in run.recipe.talkers:
         how = How(run.recipe.plain(model), run.recipe.environment(model))
@@ -62,7 +64,7 @@ def evaluate(run: Run, name: str) -> dict[str, Any]:
         voting = sampling(plan.temperature, plan.top_p, plan.votes, SEED + 1)
         for i, puzzle in enumerate(plan.puzzles):
             own = grader if puzzle in run.recipe.graded and not how.acting else None  # an episode is no attempt that a grader has learnt
-            votes = partial(_votes, run=run, problems=problems[puzzle][: plan.vote_problems], sampling=voting, grader=own, how=how)
+            votes = partial(_votes, judge=judge, problems=problems[puzzle][: plan.vote_problems], sampling=voting, grader=own, how=how)
             piece(model, f"{puzzle}-votes" if i else "votes", votes)
     attempts = tasks.held_out(run.recipe.attempts, run.recipe.puzzles, plan.problems, SEED)
     for model in run.recipe.graders:
@@ -164,7 +166,12 @@ def _protocol(engine: Engine, problems: list[Problem], sampling: Sampling, how: 
 
 
 def _votes(
-    engine: Engine, run: Run, problems: list[Problem], sampling: Sampling, how: How, grader: grading.Grader | None
+    engine: Engine,
+    judge: Callable[[], RewardModel | None],
+    problems: list[Problem],
+    sampling: Sampling,
+    how: How,
+    grader: grading.Grader | None,
 ) -> dict[str, Any]:
     result = _asked(engine, problems, sampling, how)
     counts = [k for k in VOTES if k <= sampling.n]
@@ -174,7 +181,7 @@ def _votes(
         "majority": majority,
         "best_of": best,
         "n": len(problems),
-        **stagetable.measured(engine, result, stagetable.judge(run)),
+        **stagetable.measured(engine, result, judge()),
     }
     return {**found, **_graded(engine, result, how, grader, counts)} if grader else found
 

@@ -23,10 +23,10 @@ def rl(run: Run, name: str) -> dict[str, Any]:
     stage: Rl = getattr(run.recipe, name).model_copy(update={"environment": run.recipe.environment(name)})
     start = run.origin(name)
     model = hf.load(start, device=run.device)
-    # The engine holds the same module object as the trainer, so it samples from the newest weights.
     back = -(-stage.save_every * (stage.keep_last + 1) // (stage.minibatches * stage.epochs))  # in rollouts, as the reference counts
     reference = Reference(model, start, run.folder(name) / "reference", stage.reference_every, back) if stage.kl else None
     tokenizer = run.tokenizer()
+    # The engine holds the same module object as the trainer, so it samples from the newest weights.
     engine = Engine(model, tokenizer, record_routes=stage.replay or stage.watch_routing)
     rollouts = Rollouts(engine, stage, run.recipe.puzzles, run.recipe.seed, reference, name)
     judges = [reward for reward in stage.rewards if reward in run.recipe.chain and run.recipe.judges(reward)]

@@ -18,7 +18,7 @@ from pascaline.data.puzzles.families import Family
 from pascaline.engine import Engine, Sampling
 from pascaline.errors import BadInput
 from pascaline.eval.report import report_html, table_text
-from pascaline.post import distil, evaluation, reject, sft, stagetable
+from pascaline.post import distil, evaluation, reject, sft
 from pascaline.post.check_chain import check_chain
 from pascaline.post.environments import Observation, get, worked
 from pascaline.post.environments.calculator import Calculator
@@ -245,7 +245,7 @@ def believing(tokenizer: Tokenizer, monkeypatch: Any) -> Any:
     return Forced(model, tokenizer)
 
 
-def test_the_evaluation_plays_and_counts_what_the_model_said(believing: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_evaluation_plays_and_counts_what_the_model_said(believing: Engine) -> None:
     sampling = Sampling(1.0, 1.0, 200, 4, seed=1)
     part = evaluation._protocol(believing, [problem("arithmetic")], sampling, evaluation.How(acting="calculator"))
     assert part["accuracy"] == 0.5 and part["calls"] == 0.5 and part["truncated"] == 0
@@ -253,8 +253,7 @@ def test_the_evaluation_plays_and_counts_what_the_model_said(believing: Engine, 
     assert part["mean_tokens"] == np.mean([len(e.token_ids) for e in episodes])
     assert "<result>" in part["examples"][0]["thought"] and part["examples"][0]["verdict"] == "right"
     judge = SimpleNamespace(scores=lambda chats: [len(ids) for ids in chats], model=believing.model)
-    monkeypatch.setattr(stagetable, "judge", lambda run: judge)
-    votes = evaluation._votes(believing, None, [problem("arithmetic")], sampling, evaluation.How(acting="calculator"), None)
+    votes = evaluation._votes(believing, lambda: judge, [problem("arithmetic")], sampling, evaluation.How(acting="calculator"), None)
     assert votes["best_of"][-1] == 1.0
     assert votes["worth"] == [sum(len(s.ids) for s in episodes[0].segments)]  # a reward model reads the whole transcript
 
